@@ -1,0 +1,118 @@
+"""Every setting of `distiljax pretrain` and `distiljax distill`, at its default."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from distiljax.data.config import default_data_config
+
+
+def _shared_config() -> ConfigDict:
+    """What the two commands have in common; the values are the recipe's (design of the original script)."""
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = ""
+    """Hub name or directory; the model's own by default."""
+
+    config.data = default_data_config()
+
+    config.masking = ConfigDict()
+    config.masking.rate = 0.15
+    config.masking.mask = 0.8
+    config.masking.random = 0.1
+    config.masking.smoothing = 0.7
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak_lr = 5e-4
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.optimizer.eps = 1e-6
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 5.0
+
+    config.batch_size = 4096
+    config.micro_batch_size = 0
+    config.epochs = 3.0
+    config.steps = 0
+
+    config.dtype = "bfloat16"
+    config.parallel = ConfigDict()
+    config.parallel.mode = "jit"
+
+    config.log_every = 50
+    config.eval = ConfigDict()
+    config.eval.every = 1000
+    config.eval.rows = 0
+    config.eval.batch_size = 0
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1000
+    config.checkpoint.keep = 2
+    return config
+
+
+def distill_config() -> ConfigDict:
+    """The config of `distiljax distill` with every key at its default, the recipe of Sanh et al. 2019.
+
+    | key | meaning |
+    |---|---|
+    | teacher | hub name, Hugging Face directory or run directory of a masked language model |
+    | teacher_dtype | compute dtype of the teacher; the run's `dtype` by default |
+    | student.layers | how many layers (0 = half of the teacher's), or a tuple of teacher layers to copy |
+    | student.initialise | "teacher" (copied layers) or "random" |
+    | student.token_types | "fold" type 0 into the positions, "drop" it as the original does, or "keep" the table |
+    | student.hidden_size, num_heads, intermediate_size | 0 = the teacher's |
+    | student.hidden_dropout, attention_dropout | drop rates |
+    | loss.ce, mlm, cos, mse | weights of the loss terms; 0 leaves a term out |
+    | loss.temperature | T of the soft targets |
+    | loss.ce_positions | "all" non-padding positions or "masked" ones |
+    | masking.rate, mask, random | share of tokens predicted; of these shown as [MASK], as a random token |
+    | masking.smoothing | exponent s of the masking weights count^−s |
+    | batch_size | rows in the effective (global) batch |
+    | micro_batch_size | rows a device computes at once; 0 = all of its share |
+    | epochs, steps | length of the run; `steps` wins where it is not 0 |
+    | eval.every, rows, batch_size | steps between validations (0 = only at the end), rows used (0 = all), rows at once (0 = micro-batches) |
+
+    The remaining keys are those of `distiljax.data.default_data_config`, the optimiser's (AdamW) and the loop's.
+    """
+    config = ConfigDict()
+    config.teacher = "bert-base-uncased"
+    config.teacher_dtype = ""
+    config.student = ConfigDict()
+    config.student.layers = placeholder(object)
+    config.student.layers = 0
+    config.student.initialise = "teacher"
+    config.student.token_types = "fold"
+    config.student.hidden_size = 0
+    config.student.num_heads = 0
+    config.student.intermediate_size = 0
+    config.student.hidden_dropout = 0.1
+    config.student.attention_dropout = 0.1
+    config.loss = ConfigDict()
+    config.loss.ce = 5.0
+    config.loss.mlm = 2.0
+    config.loss.cos = 1.0
+    config.loss.mse = 0.0
+    config.loss.temperature = 2.0
+    config.loss.ce_positions = "all"
+    config.update(_shared_config())
+    return config
+
+
+def pretrain_config() -> ConfigDict:
+    """The config of `distiljax pretrain` (masked-language-model training) with every key at its default.
+
+    | key | meaning |
+    |---|---|
+    | model | hub name, Hugging Face directory or run directory to start from; a missing head is added |
+    | hidden_dropout, attention_dropout | drop rates while training |
+
+    The remaining keys are those of `distill_config`.
+    """
+    config = ConfigDict()
+    config.model = "bert-base-uncased"
+    config.hidden_dropout = 0.1
+    config.attention_dropout = 0.1
+    config.update(_shared_config())
+    return config

@@ -1,0 +1,350 @@
+"""`distill` and `pretrain`: from a config to a finished run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from distiljax.data import Metadata, RowLoader, eval_batches, prepare
+from distiljax.distill.masking import Masking, masking_weights
+from distiljax.distill.step import (
+    PROJECTION,
+    Models,
+    Recipe,
+    make_eval_step,
+    make_train_step,
+    term_means,
+)
+from distiljax.distill.student import Params, student_of
+from distiljax.errors import UserError
+from distiljax.hub import check_vocabulary, from_pretrained, load_tokenizer
+from distiljax.nn import MaskedLM
+from distiljax.train.format import human_count
+from distiljax.train.loop import Outcome, Schedule, run_loop
+from distiljax.train.optimizer import make_optimizer
+from distiljax.train.parallel import Parallel
+from distiljax.train.progress import CountProgress
+from distiljax.train.run import RESULT, TOKENIZER, machine, open_run, read_json, write_json, write_model
+from distiljax.train.state import TrainState
+
+# Seed of the masks that held-out rows get, the same in every run and evaluation so that figures compare.
+EVAL_SEED = 20191002
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      workdir: its directory, which `from_pretrained`, `evaluate` and `export` take.
+      finished: False if it was told to stop; the same call goes on.
+      facts: what result.json holds (or would).
+    """
+
+    workdir: Path
+    finished: bool
+    facts: dict[str, Any]
+
+
+def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
+    """Distil a teacher into a student by the recipe of Sanh et al. 2019.
+
+    Runs to the end, or goes on from the newest checkpoint of `workdir`; a finished run is returned as it is.
+
+    Args:
+      config: see `distiljax.distill_config`.
+      workdir: the run directory.
+
+    Raises:
+      UserError: bad input, in one line.
+    """
+    path, finished = _enter(config, workdir, "distill")
+    if finished is not None:
+        return finished
+    tokenizer = load_tokenizer(config.tokenizer or config.teacher)
+    dtype = _dtype("dtype", config.dtype)
+    teacher, teacher_params = from_pretrained(
+        config.teacher, dtype=_dtype("teacher_dtype", config.teacher_dtype or config.dtype)
+    )
+    check_vocabulary(tokenizer, teacher.config, str(config.teacher))
+    student_config = config.student.to_dict()
+    layers = student_config.pop("layers") or None
+    student, params = student_of(teacher, teacher_params, layers, **student_config, seed=config.seed)
+    student = student.clone(dtype=dtype)
+    width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
+    if width != teacher_width and config.loss.cos:
+        kernel = jax.random.normal(jax.random.key(config.seed), (width, teacher_width)) * width**-0.5
+        params = {**params, PROJECTION: {"kernel": np.asarray(kernel)}}
+    recipe = _checked(Recipe, **config.loss)
+    return _run(config, path, "distill", tokenizer, Models(student, teacher), recipe, params, teacher_params)
+
+
+def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
+    """Train or adapt a masked language model; one without a head gets a fresh one.
+
+    The same step as `distill` without a teacher. A fresh head's decoder bias starts at the logarithm of the corpus's
+    token frequencies, so that training need not spend its first steps on learning them.
+
+    Args:
+      config: see `distiljax.pretrain_config`.
+      workdir: the run directory.
+
+    Raises:
+      UserError: bad input, in one line.
+    """
+    path, finished = _enter(config, workdir, "pretrain")
+    if finished is not None:
+        return finished
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    dtype = _dtype("dtype", config.dtype)
+    model, params = from_pretrained(config.model, dtype=dtype, init_head=True, seed=config.seed)
+    check_vocabulary(tokenizer, model.config, str(config.model))
+    drops = {"hidden_dropout": config.hidden_dropout, "attention_dropout": config.attention_dropout}
+    model = model.clone(config=_checked(model.config.replace, **drops))
+    recipe = Recipe(ce=0.0, mlm=1.0, cos=0.0)
+    return _run(config, path, "pretrain", tokenizer, Models(model), recipe, params, None)
+
+
+def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> tuple[Path, Result | None]:
+    path = open_run(workdir, config, kind)
+    facts = read_json(path / RESULT)
+    if facts is None:
+        return path, None
+    logging.info("%s holds a finished run of this config; nothing to do", path)
+    return path, Result(path, True, facts)
+
+
+def _run(
+    config: ConfigDict,
+    path: Path,
+    kind: str,
+    tokenizer: Any,
+    models: Models,
+    recipe: Recipe,
+    params: Params,
+    teacher_params: Params | None,
+) -> Result:
+    parallel = Parallel(config.parallel.mode)
+    micro_batches = _micro_batches(config, parallel.devices)
+    masking = _checked(
+        Masking,
+        mask_token_id=tokenizer.mask_token_id,
+        vocab_size=len(tokenizer),
+        rate=config.masking.rate,
+        mask=config.masking.mask,
+        random=config.masking.random,
+    )
+    if config.data.seq_len > models.student.config.max_positions:
+        raise UserError(
+            f"data.seq_len is {config.data.seq_len}; expected at most {models.student.config.max_positions}, "
+            "the model's positions"
+        )
+    tokenizer.save_pretrained(path / TOKENIZER)
+    write_model(
+        path,
+        kind=kind,
+        head="masked_lm",
+        encoder=models.student.config,
+        source=config.get("teacher") or config.get("model"),
+    )
+    train_rows, held_out = prepare_corpus(config.data, tokenizer, path / "data")
+    loader = RowLoader(train_rows, config.batch_size, config.seed)
+    metadata = Metadata.load(train_rows)
+    total_steps = config.steps or math.ceil(config.epochs * metadata.num_rows / config.batch_size)
+    optimizer, learning_rate = make_optimizer(config.optimizer, total_steps)
+
+    counts = _full_counts(metadata.token_counts(train_rows), models.student.config.vocab_size)
+    if kind == "pretrain" and not np.any(params["head"]["bias"]):
+        params["head"]["bias"] = unigram_bias(counts)
+    weights = masking_weights(counts, tokenizer.all_special_ids, config.masking.smoothing)
+    frozen = parallel.replicate({"teacher": teacher_params, "masking_weights": weights})
+
+    step = parallel.wrap(
+        make_train_step(
+            models, recipe, masking, optimizer, learning_rate, seed=config.seed, micro_batches=micro_batches
+        ),
+        donate=True,
+    )
+    evaluator = Evaluator(
+        models, recipe, masking, parallel, config.eval.batch_size or config.batch_size // micro_batches
+    )
+
+    _log_start(config, kind, models, params, metadata, parallel, total_steps, micro_batches)
+    outcome = run_loop(
+        description="distilling" if kind == "distill" else "training",
+        workdir=path,
+        schedule=Schedule(
+            total_steps, config.log_every, config.eval.every, config.checkpoint.every, config.checkpoint.keep
+        ),
+        parallel=parallel,
+        state=jax.device_get(TrainState.create(params, optimizer)),
+        step=lambda state, rows: step(state, frozen, rows),
+        batches=lambda start: RowLoader(train_rows, config.batch_size, config.seed, start=start),
+        evaluate=lambda params: evaluator(params, frozen, held_out, config.eval.rows),
+    )
+    facts = _facts(kind, outcome, models, params, teacher_params)
+    if outcome.finished:
+        write_json(path / RESULT, facts)
+    return Result(path, outcome.finished, facts)
+
+
+class Evaluator:
+    """Loss terms and metrics on held-out rows, without dropout and on fixed masks.
+
+    Calling it with replicated parameters, the replicated frozen tree, a prepared corpus and a number of rows
+    (0 = all) gives the means by name.
+    """
+
+    def __init__(
+        self, models: Models, recipe: Recipe, masking: Masking, parallel: Parallel, batch_size: int
+    ):
+        self._recipe, self._parallel = recipe, parallel
+        self._batch_size = -(-batch_size // parallel.devices) * parallel.devices
+        self._step = parallel.wrap(make_eval_step(models, recipe, masking, seed=EVAL_SEED))
+
+    def __call__(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, float]:
+        totals: Any = None
+        for i, batch in enumerate(_limit(eval_batches(corpus, self._batch_size), rows, self._batch_size)):
+            first = self._parallel.replicate(np.int32(i * self._batch_size))
+            terms = self._step(params, frozen, first, self._parallel.shard(batch))
+            terms = jax.device_get(self._parallel.unreplicate(terms))
+            terms = jax.tree.map(np.float64, terms)
+            totals = terms if totals is None else jax.tree.map(np.add, totals, terms)
+        return {name: float(value) for name, value in term_means(self._recipe, totals).items()}
+
+
+def _limit(batches: Iterable[dict[str, np.ndarray]], rows: int, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
+    for i, batch in enumerate(batches):
+        left = rows - i * batch_size if rows else batch_size
+        if left <= 0:
+            return
+        if left < batch_size:
+            # The shape stays: rows past the limit become padding.
+            batch = {name: np.where(np.arange(batch_size)[:, None] < left, x, 0) for name, x in batch.items()}
+        yield batch
+
+
+def prepare_corpus(data: ConfigDict, tokenizer: Any, directory: Path) -> tuple[Path, Path]:
+    """Prepare training and held-out rows under `directory`, or find them there; gives the two directories."""
+    paths = []
+    for split, name in ((data.split, "train"), ("validation", "validation")):
+        with CountProgress(f"preparing {name} rows", enabled=jax.process_index() == 0) as progress:
+            metadata = prepare(data, split, tokenizer, directory / name, progress=progress.update)
+        logging.info(
+            "%s: %s rows of %d, %s tokens, %.1f %% filled",
+            name,
+            f"{metadata.num_rows:,}",
+            metadata.seq_len,
+            human_count(metadata.statistics["tokens"]),
+            100 * metadata.fill_rate,
+        )
+        paths.append(directory / name)
+    return paths[0], paths[1]
+
+
+def unigram_bias(counts: np.ndarray) -> np.ndarray:
+    """Logarithm of the token frequencies [V], with half a count for tokens that do not occur."""
+    smoothed = np.maximum(counts, 0.5)
+    return np.log(smoothed / smoothed.sum()).astype(np.float32)
+
+
+def _full_counts(counts: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Counts padded with zeros where the model has more rows than the tokenizer has tokens."""
+    return np.pad(counts, (0, vocab_size - len(counts)))
+
+
+def _micro_batches(config: ConfigDict, devices: int) -> int:
+    if config.batch_size % devices:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide by {devices} devices; choose a multiple of {devices}"
+        )
+    share = config.batch_size // devices
+    micro = config.micro_batch_size or share
+    if share % micro:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide by {devices} devices × micro_batch_size {micro}; "
+            f"choose a micro_batch_size that divides {share}"
+        )
+    return share // micro
+
+
+def _dtype(key: str, name: str) -> Any:
+    if name not in DTYPES:
+        raise UserError(f"{key} is {name!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _checked(make: Callable[..., Any], **fields: Any) -> Any:
+    try:
+        return make(**fields)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def count_parameters(params: Params) -> int:
+    """How many numbers a model is; the projection of a narrower student is not part of it."""
+    return sum(int(np.prod(x.shape)) for name in ("encoder", "head") for x in jax.tree.leaves(params[name]))
+
+
+def _facts(
+    kind: str, outcome: Outcome, models: Models, params: Params, teacher_params: Params | None
+) -> dict[str, Any]:
+    facts = {
+        "kind": kind,
+        "steps": outcome.step,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "best_step": outcome.best.get("step", outcome.step),
+        "start": outcome.start,
+        "validation": outcome.last,
+        "best": outcome.best,
+        "machine": machine(),
+        "parameters": count_parameters(params),
+    }
+    if teacher_params is not None:
+        facts["teacher_parameters"] = count_parameters(teacher_params)
+    return facts
+
+
+def _log_start(
+    config: ConfigDict,
+    kind: str,
+    models: Models,
+    params: Params,
+    metadata: Metadata,
+    parallel: Parallel,
+    total_steps: int,
+    micro_batches: int,
+) -> None:
+    logging.info("%s on %s, %s over %d devices", kind, machine(), parallel.mode, parallel.devices)
+    if models.teacher is not None:
+        logging.info("teacher: %s, %d layers", config.teacher, models.teacher.config.num_layers)
+    logging.info(
+        "model: %d layers, width %d, %s parameters, %s",
+        models.student.config.num_layers,
+        models.student.config.hidden_size,
+        f"{count_parameters(params):,}",
+        config.dtype,
+    )
+    logging.info(
+        "%s steps of %s rows (%d micro-batches), %.2f epochs of %s rows",
+        f"{total_steps:,}",
+        f"{config.batch_size:,}",
+        micro_batches,
+        total_steps * config.batch_size / metadata.num_rows,
+        f"{metadata.num_rows:,}",
+    )

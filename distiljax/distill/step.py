@@ -1,0 +1,236 @@
+"""The train step, from token rows to updated parameters (Sanh et al. 2019, section 3).
+
+`pretrain` runs the same step without a teacher: then L_mlm is the only term.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from distiljax.distill.losses import (
+    Term,
+    agreement,
+    cosine_loss,
+    logit_mse_loss,
+    masked_lm_loss,
+    soft_target_loss,
+)
+from distiljax.distill.masking import MaskedRows, Masking, mask_tokens
+from distiljax.nn import MaskedLM
+from distiljax.nn.linear import einsum
+from distiljax.train.parallel import AXIS
+from distiljax.train.state import TrainState
+
+Array = jax.Array
+Params = Any
+
+PROJECTION = "cosine_projection"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The weights of the loss terms; a term of weight 0 is not computed.
+
+    Attributes:
+      ce, mlm, cos, mse: weights of L_ce, L_mlm, L_cos and L_mse.
+      temperature: T of L_ce.
+      ce_positions: where L_ce and L_mse run: "all" non-padding positions, or "masked" ones only.
+    """
+
+    ce: float = 5.0
+    mlm: float = 2.0
+    cos: float = 1.0
+    mse: float = 0.0
+    temperature: float = 2.0
+    ce_positions: str = "all"
+
+    def __post_init__(self) -> None:
+        if min(self.ce, self.mlm, self.cos, self.mse) < 0 or not any((self.ce, self.mlm, self.cos, self.mse)):
+            raise ValueError(
+                f"loss weights ce {self.ce}, mlm {self.mlm}, cos {self.cos}, mse {self.mse}; "
+                "expected none below 0 and one above"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"loss.temperature is {self.temperature}; expected more than 0")
+        if self.ce_positions not in ("all", "masked"):
+            raise ValueError(f"loss.ce_positions is {self.ce_positions!r}; expected all or masked")
+
+    def weighted(self) -> dict[str, float]:
+        """The terms that are computed, with their weights."""
+        weights = {"ce": self.ce, "mlm": self.mlm, "cos": self.cos, "mse": self.mse}
+        return {name: weight for name, weight in weights.items() if weight}
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The two networks; their parameters are passed beside them.
+
+    Attributes:
+      student: trained.
+      teacher: frozen and in evaluation mode; None for masked-language-model training alone.
+    """
+
+    student: MaskedLM
+    teacher: MaskedLM | None = None
+
+
+def distillation_terms(
+    models: Models, recipe: Recipe, params: Params, teacher_params: Params, rows: MaskedRows, dropout_keys: Array | None
+) -> dict[str, Term]:
+    """Every loss term and metric over some masked rows.
+
+    Returns:
+      The recipe's terms, and `mlm_accuracy` and (with a teacher) `teacher_agreement` at the masked positions.
+    """
+
+    def gather(hidden: Array) -> Array:  # [B, S, E] → [B, K, E]
+        return jnp.take_along_axis(hidden, rows.masked_positions[..., None], axis=1)
+
+    def run(module: MaskedLM, params: Params, keys: Array | None) -> tuple[Array, Callable[[Array], Array]]:
+        variables = {"params": params}
+        hidden = module.apply(
+            variables,
+            rows.input_ids,
+            positions=rows.positions,
+            segment_ids=rows.segment_ids,
+            dropout_keys=keys,
+            method="encode",
+        )
+        return hidden, lambda h: module.apply(variables, h, method="decode")
+
+    student_hidden, student_decode = run(models.student, params, dropout_keys)
+    student_masked = student_decode(gather(student_hidden))  # [B, K, V]
+    terms = {"mlm": masked_lm_loss(student_masked, rows.labels, rows.masked_weights)}
+    terms["mlm_accuracy"] = agreement(student_masked, rows.labels, rows.masked_weights)
+    if models.teacher is None:
+        return terms
+
+    # The teacher reads the same masked rows, without dropout and without a gradient.
+    teacher_hidden, teacher_decode = run(models.teacher, lax.stop_gradient(teacher_params), None)
+    teacher_masked = teacher_decode(gather(teacher_hidden))
+    terms["teacher_agreement"] = agreement(student_masked, teacher_masked.argmax(-1), rows.masked_weights)
+
+    if recipe.ce or recipe.mse:
+        if recipe.ce_positions == "masked":
+            logits = (student_masked, teacher_masked, rows.masked_weights)
+        else:
+            logits = (student_decode(student_hidden), teacher_decode(teacher_hidden), rows.token_weights)
+        if recipe.ce:
+            terms["ce"] = soft_target_loss(*logits, recipe.temperature)
+        if recipe.mse:
+            terms["mse"] = logit_mse_loss(*logits)
+    if recipe.cos:
+        if PROJECTION in params:  # a student narrower than its teacher
+            student_hidden = einsum(
+                "bsi,io->bso", student_hidden, params[PROJECTION]["kernel"], models.student.dtype
+            )
+        terms["cos"] = cosine_loss(student_hidden, teacher_hidden, rows.token_weights)
+    return terms
+
+
+def term_counts(recipe: Recipe, rows: MaskedRows) -> dict[str, Array]:
+    """How many positions each loss term runs over; known before any forward pass."""
+    tokens, masked = rows.token_weights.sum(), rows.masked_weights.sum()
+    logits = masked if recipe.ce_positions == "masked" else tokens
+    return {"ce": logits, "mse": logits, "mlm": masked, "cos": tokens}
+
+
+def example_keys(seed: int, step: Array, first: Array, count: int) -> Array:
+    """One PRNG key a row, a function of (seed, step, the row's index in the global batch) and nothing else."""
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(count))
+
+
+def split_keys(keys: Array) -> tuple[Array, Array]:
+    """The masking and the dropout key of each row."""
+    both = jax.vmap(jax.random.split)(keys)
+    return both[:, 0], both[:, 1]
+
+
+def make_train_step(
+    models: Models,
+    recipe: Recipe,
+    masking: Masking,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    micro_batches: int,
+) -> Callable[[TrainState, Params, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """The step of one optimiser update, for `Parallel.wrap`.
+
+    `step(state, frozen, batch) -> (state, metrics)`: `frozen` holds the teacher's parameters under `teacher` and
+    the masking weights [V] under `masking_weights`; `batch` holds this device's rows, int32 [b, S], where b
+    divides by `micro_batches`; metrics are float32 scalars over the global batch.
+    """
+    weights = recipe.weighted()
+
+    def step(state: TrainState, frozen: Params, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        b = batch["input_ids"].shape[0]
+        keys = example_keys(seed, state.step, lax.axis_index(AXIS) * b, b)
+        masking_keys, dropout_keys = split_keys(keys)
+        rows = mask_tokens(masking_keys, batch, frozen["masking_weights"], masking)
+
+        # Each term is divided by its count over the global batch, so micro-batches simply add up.
+        counts = lax.psum(term_counts(recipe, rows), AXIS)
+        counts = jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
+
+        def loss_fn(params: Params, rows: MaskedRows, dropout_keys: Array) -> tuple[Array, dict[str, Term]]:
+            terms = distillation_terms(models, recipe, params, frozen["teacher"], rows, dropout_keys)
+            return sum(weight * terms[name].sum / counts[name] for name, weight in weights.items()), terms
+
+        def accumulate(gradients: Params, micro: tuple[MaskedRows, Array]) -> tuple[Params, dict[str, Term]]:
+            gradient, terms = jax.grad(loss_fn, has_aux=True)(state.params, *micro)
+            return jax.tree.map(jnp.add, gradients, gradient), terms
+
+        micro = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), (rows, dropout_keys))
+        gradients, terms = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), micro)
+        terms = jax.tree.map(lambda x: x.sum(0), terms)
+
+        gradients, terms, tokens = lax.psum((gradients, terms, rows.token_weights.sum()), AXIS)
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = term_means(recipe, terms) | {
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": schedule(state.step),
+            "tokens": tokens,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    models: Models, recipe: Recipe, masking: Masking, *, seed: int
+) -> Callable[[Params, Params, Array, dict[str, Array]], dict[str, Term]]:
+    """The terms of one batch of held-out rows without dropout and on fixed masks, for `Parallel.wrap`.
+
+    `step(params, frozen, first, batch) -> terms`: the masks are a function of (seed, the row's index in the
+    corpus), where `first` is the index of the global batch's first row; the terms are over the global batch.
+    """
+
+    def step(params: Params, frozen: Params, first: Array, batch: dict[str, Array]) -> dict[str, Term]:
+        b = batch["input_ids"].shape[0]
+        keys = example_keys(seed, jnp.zeros((), jnp.int32), first + lax.axis_index(AXIS) * b, b)
+        masking_keys, _ = split_keys(keys)
+        rows = mask_tokens(masking_keys, batch, frozen["masking_weights"], masking)
+        return lax.psum(distillation_terms(models, recipe, params, frozen["teacher"], rows, None), AXIS)
+
+    return step
+
+
+def term_means(recipe: Recipe, terms: dict[str, Term]) -> dict[str, Array]:
+    """The named means of summed terms: `loss`, `loss_ce`, `loss_mlm`, …, `mlm_accuracy`, `teacher_agreement`."""
+    means = {name: term.sum / jnp.maximum(term.count, 1.0) for name, term in terms.items()}
+    metrics = {"loss": sum(weight * means[name] for name, weight in recipe.weighted().items())}
+    for name, mean in means.items():
+        metrics[name if name in ("mlm_accuracy", "teacher_agreement") else f"loss_{name}"] = mean
+    return metrics

@@ -1,0 +1,119 @@
+"""Matrix products in a compute dtype, and the layers made of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Array = jax.Array
+DType = Any
+
+
+def einsum(spec: str, a: Array, b: Array, dtype: DType) -> Array:
+    """Two-operand einsum with operands in `dtype`, accumulated and returned in float32.
+
+    Every index of an operand must stand in the other operand or in the result. The gradient follows the same rule:
+    its products take operands in `dtype` and give float32, so that XLA:CPU runs them on its bfloat16 units too
+    (it does so only where the product is asked for in float32), and float32 master weights get float32 gradients.
+
+    Args:
+      spec: subscripts such as "bsi,io->bso", without ellipsis.
+      a, b: operands of any float dtype.
+      dtype: float32 (full precision on every backend) or bfloat16.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return jnp.einsum(
+            spec,
+            a.astype(jnp.float32),
+            b.astype(jnp.float32),
+            precision=lax.Precision.HIGHEST,
+        )
+    return _low_precision_einsum(spec, jnp.dtype(dtype), a.dtype, b.dtype, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _low_precision_einsum(spec: str, dtype: DType, a_dtype: DType, b_dtype: DType, a: Array, b: Array) -> Array:
+    del a_dtype, b_dtype
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _forward(spec, dtype, a_dtype, b_dtype, a, b):
+    a, b = a.astype(dtype), b.astype(dtype)
+    return _low_precision_einsum(spec, dtype, a_dtype, b_dtype, a, b), (a, b)
+
+
+def _backward(spec, dtype, a_dtype, b_dtype, residuals, gradient):
+    a, b = residuals
+    operands, out = spec.split("->")
+    of_a, of_b = operands.split(",")
+    gradient = gradient.astype(dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    grad_a = product(f"{out},{of_b}->{of_a}", gradient, b)
+    grad_b = product(f"{of_a},{out}->{of_b}", a, gradient)
+    return grad_a.astype(a_dtype), grad_b.astype(b_dtype)
+
+
+_low_precision_einsum.defvjp(_forward, _backward)
+
+
+class Dense(nn.Module):
+    """An affine map of the last axis: [..., I] → [..., features], in `dtype`.
+
+    Attributes:
+      features: output width O.
+      dtype: compute dtype; the kernel [I, O] and the bias [O] are float32 masters.
+      stddev: standard deviation of the fresh kernel.
+    """
+
+    features: int
+    dtype: DType = jnp.float32
+    stddev: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        axes = "abcdefgh"[: x.ndim - 1]
+        y = einsum(f"{axes}i,io->{axes}o", x, kernel, self.dtype)
+        return (y + bias).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, statistics in float32 (Ba et al. 2016), the result in `dtype`."""
+
+    eps: float
+    dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+def dropout(x: Array, rate: float, keys: Array | None, site: int) -> Array:
+    """Inverted dropout with one key an example, so that the draw does not depend on how a batch is split.
+
+    Args:
+      x: [B, ...].
+      rate: share of elements set to zero; quantised to 1/65536.
+      keys: typed PRNG keys [B], or None for no dropout (evaluation).
+      site: a number of its own for each place in the network that drops.
+    """
+    threshold = round(rate * 65536)
+    if keys is None or threshold == 0:
+        return x
+
+    def keep(key: Array) -> Array:
+        # 16 random bits an element cost half of what the usual 32 do.
+        return jax.random.bits(jax.random.fold_in(key, site), x.shape[1:], jnp.uint16) >= threshold
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1 - threshold / 65536), 0).astype(x.dtype)

@@ -1,0 +1,106 @@
+"""Orbax checkpoints of a run: the last few whole states, and the best parameters."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+LAST = "checkpoints"
+BEST = "best"
+
+
+def _manager(directory: str, keep: int) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        os.path.abspath(directory),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
+            enable_async_checkpointing=True,
+        ),
+    )
+
+
+class Checkpointer:
+    """Saves and restores a run's state under `workdir/checkpoints` and its best parameters under `workdir/best`.
+
+    Saving is asynchronous and atomic: a checkpoint stands under its final name only when it is whole.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
+        self._last = _manager(os.path.join(workdir, LAST), keep)
+        self._best = _manager(os.path.join(workdir, BEST), 1)
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest state, as host arrays in the shape of `template`, and the facts saved with it; None if none."""
+        step = self._last.latest_step()
+        if step is None:
+            return None
+        restored = self._last.restore(
+            step, args=ocp.args.Composite(state=_restore_args(template), facts=ocp.args.JsonRestore())
+        )
+        return restored["state"], restored["facts"]
+
+    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        """Start to save `state` and the JSON `facts` as checkpoint `step`; an existing one of that step is kept."""
+        if step in self._last.all_steps():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_copy(state)), facts=ocp.args.JsonSave(facts))
+        self._last.save(step, args=args, force=True)
+
+    def save_best(self, step: int, params: Any, facts: dict[str, Any]) -> None:
+        """Start to save `params` in the place of the best so far."""
+        if step in self._best.all_steps():
+            return
+        args = ocp.args.Composite(params=ocp.args.StandardSave(_copy(params)), facts=ocp.args.JsonSave(facts))
+        self._best.save(step, args=args, force=True)
+
+    def close(self) -> None:
+        """Wait for what is being saved."""
+        for manager in (self._last, self._best):
+            manager.wait_until_finished()
+            manager.close()
+
+
+def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = BEST) -> tuple[Any, int]:
+    """The parameters of a run and the step they are from.
+
+    Args:
+      workdir: the run directory.
+      template: a pytree of the parameters' shapes (arrays or `jax.ShapeDtypeStruct`).
+      which: "best" or "last".
+
+    Raises:
+      FileNotFoundError: the run has no such checkpoint.
+    """
+    directory = os.path.join(workdir, BEST if which == BEST else LAST)
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(directory)
+    with ocp.CheckpointManager(os.path.abspath(directory), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(directory)
+        if which == BEST:
+            restored = manager.restore(step, args=ocp.args.Composite(params=_restore_args(template)))
+            return restored["params"], step
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore({"params": template}, partial_restore=True)
+            ),
+        )
+        return restored["state"]["params"], step
+
+
+def _restore_args(template: Any) -> ocp.args.StandardRestore:
+    import numpy as np
+
+    return ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template))
+
+
+def _copy(tree: Any) -> Any:
+    # The next step reuses the state's buffers while they are still being written.
+    return jax.tree.map(jnp.copy, tree)

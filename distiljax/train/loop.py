@@ -1,0 +1,217 @@
+"""The loop that every training command shares."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from distiljax.train.checkpoint import Checkpointer
+from distiljax.train.metrics import MetricWriter
+from distiljax.train.parallel import Parallel
+from distiljax.train.progress import Progress
+from distiljax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When the loop does what, in optimiser steps; 0 = never but at the end."""
+
+    total_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep: int
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+      finished: False if SIGTERM or SIGINT ended it early; the state is saved then.
+      step: optimiser steps done.
+      tokens: non-padding tokens seen.
+      seconds: time spent training, over all resumed parts.
+      best: the best validation, its step and its metrics.
+      last: the last validation.
+      start: the validation before the first step.
+    """
+
+    finished: bool
+    step: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
+    last: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run_loop(
+    *,
+    description: str,
+    workdir: Path,
+    schedule: Schedule,
+    parallel: Parallel,
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Callable[[int], Iterable[dict[str, np.ndarray]]],
+    evaluate: Callable[[Any], dict[str, float]],
+) -> Outcome:
+    """Train to the end of the schedule, or go on from the newest checkpoint of `workdir`.
+
+    Args:
+      description: for the progress bar.
+      workdir: checkpoints and logs go there.
+      schedule: when to log, evaluate and save.
+      parallel: how state and rows lie on the devices.
+      state: the state before the first step, on the host.
+      step: the wrapped step, `(state, rows) -> (state, metrics)`; it may reuse the state's buffers.
+      batches: this process's batches from the given step on.
+      evaluate: metrics of (replicated) parameters on held-out rows; `loss` decides which are best.
+    """
+    checkpointer = Checkpointer(workdir, schedule.keep)
+    main = jax.process_index() == 0
+    outcome = Outcome(finished=False)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpointer.close)
+        # Where a run begins, by priority: 1. the newest checkpoint of its own workdir; 2. the initial state, which
+        # is a function of the config (teacher, seed).
+        restored = checkpointer.restore(state)
+        if restored is not None:
+            state, facts = restored
+            outcome = Outcome(**facts)
+            logging.info("going on from step %d of %s", outcome.step, workdir)
+        state = parallel.replicate(state)
+        writer = stack.enter_context(MetricWriter(workdir, outcome.step)) if main else None
+        stopping = stack.enter_context(_stop_signals())
+        progress = stack.enter_context(Progress(description, schedule.total_steps, outcome.step, enabled=main))
+
+        def validate() -> None:
+            metrics = evaluate(state.params)
+            record = {"step": outcome.step, **metrics}
+            outcome.last = record
+            if writer:
+                writer.write(outcome.step, "validation", metrics)
+            # The very start is no candidate: a run hands over what it trained.
+            if outcome.step and metrics["loss"] < outcome.best.get("loss", math.inf):
+                outcome.best = record
+                params = parallel.unreplicate(state.params)
+                checkpointer.save_best(outcome.step, params, record)
+            if not outcome.step:
+                outcome.start = record
+
+        def save() -> None:
+            checkpointer.save(outcome.step, parallel.unreplicate(state), dataclasses.asdict(outcome))
+
+        began = time.monotonic() - outcome.seconds
+        if outcome.step == 0:
+            validate()
+        window = _Window(parallel)
+        source = iter(batches(outcome.step)) if outcome.step < schedule.total_steps else iter(())
+        while outcome.step < schedule.total_steps:
+            with window.waiting():
+                rows = parallel.shard(next(source))
+            # Nothing but what is asked for crosses between host and device while the devices work.
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, rows)
+            outcome.step += 1
+            window.add(metrics)
+            last = outcome.step == schedule.total_steps
+            if last or _due(outcome.step, schedule.log_every):
+                values = window.close()
+                outcome.tokens += values.pop("tokens")
+                outcome.seconds = time.monotonic() - began
+                if writer:
+                    writer.write(outcome.step, "train", values | {"seconds": outcome.seconds})
+                progress.update(outcome.step, values)
+                window = _Window(parallel)
+            if last or _due(outcome.step, schedule.eval_every):
+                validate()
+                window.restart_clock()
+            stop = bool(stopping)
+            if stop or last or _due(outcome.step, schedule.checkpoint_every):
+                if window.steps:
+                    outcome.tokens += window.close().pop("tokens")
+                    window = _Window(parallel)
+                outcome.seconds = time.monotonic() - began
+                save()
+            if stop and not last:
+                return outcome
+    outcome.finished = True
+    return outcome
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+class _Window:
+    """The steps since the last record: their metrics stay on the device until the record is written."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self._parallel = parallel
+        self._metrics: list[dict[str, jax.Array]] = []
+        self._began = time.monotonic()
+        self._waited = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self._metrics)
+
+    def restart_clock(self) -> None:
+        """Leave what was not training out of tokens/s (only right after `close`)."""
+        if not self._metrics:
+            self._began, self._waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._metrics.append(metrics)
+
+    def close(self) -> dict[str, float]:
+        """Means over the window; `tokens` is its sum; tokens/s and the share of time spent waiting for data."""
+        fetched = jax.device_get(self._parallel.unreplicate(self._metrics))
+        seconds = time.monotonic() - self._began
+        values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+        values["tokens"] = float(np.sum([m["tokens"] for m in fetched]))
+        values["tokens_per_second"] = values["tokens"] / seconds
+        values["data_wait"] = self._waited / seconds
+        return values
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT (once) are noted in the list instead of ending the process in the middle of a step."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signal handlers can only be set by the main thread
+        return
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        logging.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
