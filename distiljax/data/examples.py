@@ -136,14 +136,17 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _pieces(text: str, limit: int) -> Iterator[str]:
-    """Cuts a text into pieces of at most `limit` characters, before a space where there is one.
+    """Cuts a text into pieces of at most `limit` characters, before the space in front of a word.
 
-    The space stays with the word after it, where byte-level BPE tokenizers (RoBERTa's) expect it.
+    Byte-level BPE tokenizers (RoBERTa's) have that space in the word's token.
     """
     start = 0
     while len(text) - start > limit:
-        cut = max(text.rfind(" ", start + 1, start + limit), text.rfind("\n", start + 1, start + limit))
-        cut = cut if cut > start else start + limit
+        end = start + limit
+        before_words = (
+            i for i in range(end - 1, start, -1) if text[i].isspace() and not text[i + 1].isspace()
+        )
+        cut = next(before_words, end)
         yield text[start:cut]
         start = cut
     yield text[start:]

@@ -17,6 +17,8 @@ from distiljax.errors import UserError
 
 READ_THREADS = 4
 BATCHES_AHEAD = 8
+# Rows until a loader ends. Grain's own endless repeat has a length that batches of one row overflow.
+MAX_ROWS = 2**52
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Rows:
 
 
 class RowLoader:
-    """Batches of prepared rows, without end.
+    """Batches of prepared rows, over and over.
 
     Global batch t is rows [t·B, (t+1)·B) of the epochs' permutations one after the other; each epoch has its
     own permutation, and a batch may straddle the end of an epoch. A process reads its contiguous part of the
@@ -149,7 +151,7 @@ class RowLoader:
             # Grain's epoch e is shuffled with seed + e; spreading the seeds keeps those of run 0 and run 1
             # apart.
             rows = rows.shuffle(seed=int(np.random.SeedSequence(self.seed).generate_state(1)[0]))
-        parts = rows.repeat().batch(part, batch_fn=self._make_batch)
+        parts = rows.repeat(max(1, MAX_ROWS // self.num_rows)).batch(part, batch_fn=self._make_batch)
         # Parts are numbered batch by batch and, in a batch, process by process.
         first = self.start * self.process_count + self.process_index
         batches = parts[first :: self.process_count]

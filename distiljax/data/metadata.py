@@ -41,7 +41,7 @@ class Metadata:
       format_version: the layout of the directory.
       tokenizer_name: the tokenizer's name, for people.
       vocabulary_sha256: the vocabulary's identity: token ids mean the same only where this is equal.
-      vocab_size: number of token ids.
+      vocab_size: the highest token id + 1.
       pad_token_id: fills rows up to seq_len.
       split: the split that the corpus is.
       settings: the data config that it was made with.

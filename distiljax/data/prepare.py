@@ -106,10 +106,12 @@ def _write_corpus(
         max_unknown=settings["max_unknown"],
         statistics=statistics,
     )
-    token_counts = np.zeros(len(tokenizer), np.int64)
+    # Not len(tokenizer): ids may have gaps.
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    token_counts = np.zeros(vocab_size, np.int64)
     counted = _counted(pieces, token_counts, statistics, progress)
     packed = packing.pack(counted, settings["seq_len"]) if settings["pack"] else packing.one_a_row(counted)
-    shards = write_shards(packed, directory, rows.token_dtype(len(tokenizer)))
+    shards = write_shards(packed, directory, rows.token_dtype(vocab_size))
 
     statistics.rows = sum(count for _, count in shards)
     if not statistics.rows:
@@ -124,7 +126,7 @@ def _write_corpus(
         format_version=FORMAT_VERSION,
         tokenizer_name=str(tokenizer.name_or_path),
         vocabulary_sha256=vocabulary_sha256(tokenizer),
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         pad_token_id=tokenizer.pad_token_id,
         split=split,
         settings=settings,

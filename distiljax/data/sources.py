@@ -1,10 +1,10 @@
 """Documents out of everything that text comes in: one spelling of a source for every command.
 
     docstrings                 the docstrings of the Python installation, which every machine has
-    PATH, GLOB                 .txt, .jsonl (each also .gz, .bz2, .xz or .zst) and .parquet files; gs://,
-    s3://, https:// too DIRECTORY                  such files in the layout of the Hugging Face hub:
-    train.parquet, validation-00000-of-00001.parquet,
-                               test/0.jsonl, …
+    PATH, GLOB                 .txt, .jsonl (each also .gz, .bz2, .xz or .zst) and .parquet files; gs://, s3:// and
+                               https:// too
+    DIRECTORY                  such files in the layout of the Hugging Face hub: train.parquet,
+                               validation-00000-of-00001.parquet, test/0.jsonl, …
     hf:NAME[/CONFIG]           a data set of the Hugging Face hub (hf:USER/NAME/CONFIG), streamed
 
 Every reader is a generator that holds a few records at a time.

@@ -8,20 +8,40 @@ from ml_collections.config_dict import placeholder
 from distiljax.data.config import default_data_config
 
 
-def _shared_config() -> ConfigDict:
-    """What the two commands have in common; the values are the recipe's (design of the original script)."""
+def shared_config() -> ConfigDict:
+    """What `distill_config` and `pretrain_config` have in common, at the values of the original recipe.
+
+      batch_size                          rows in the effective (global) batch of one optimiser step
+      micro_batch_size                    rows a device computes at once; 0 = all of its share
+      epochs, steps                       length of the run; `steps` wins where it is not 0
+      masking.rate, mask, random          share of tokens predicted; of these shown as [MASK], as a random token
+      masking.smoothing                   exponent s of the masking weights count^-s: 0.7 in the original distillation
+                                          script, which predicts rare tokens more; 0, all tokens alike, in BERT
+      optimizer.*                         AdamW: peak_lr, linear warm-up over warmup_fraction of the steps and linear
+                                          decay to 0, b1, b2, eps, weight_decay (not on biases, LayerNorm), clip_norm
+      dtype                               compute dtype, bfloat16 or float32; parameters are float32
+      parallel.mode                       jit or pmap
+      tokenizer                           hub name or directory; the model's own by default
+      data_dir                            where the prepared rows are, or will be; the run directory's data/ by default
+      log_every                           steps between records in metrics.jsonl and TensorBoard
+      eval.every, rows, batch_size        steps between validations (0 = only at the end), rows used (0 = all), rows
+                                          at once (0 = a micro-batch a device)
+      eval.smoothing                      masking.smoothing of held-out text; 0 makes accuracies compare with BERT's
+      checkpoint.every, keep              steps between checkpoints, how many of the last to keep
+      seed                                of masks, dropout, the order of rows and fresh weights
+    """
     config = ConfigDict()
     config.seed = 0
     config.tokenizer = ""
-    """Hub name or directory; the model's own by default."""
 
     config.data = default_data_config()
+    config.data_dir = ""
 
     config.masking = ConfigDict()
     config.masking.rate = 0.15
     config.masking.mask = 0.8
     config.masking.random = 0.1
-    config.masking.smoothing = 0.7
+    config.masking.smoothing = 0.0
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 5e-4
@@ -46,6 +66,7 @@ def _shared_config() -> ConfigDict:
     config.eval.every = 1000
     config.eval.rows = 0
     config.eval.batch_size = 0
+    config.eval.smoothing = 0.0
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1000
     config.checkpoint.keep = 2
@@ -55,26 +76,16 @@ def _shared_config() -> ConfigDict:
 def distill_config() -> ConfigDict:
     """The config of `distiljax distill` with every key at its default, the recipe of Sanh et al. 2019.
 
-    | key | meaning |
-    |---|---|
-    | teacher | hub name, Hugging Face directory or run directory of a masked language model |
-    | teacher_dtype | compute dtype of the teacher; the run's `dtype` by default |
-    | student.layers | how many layers (0 = half of the teacher's), or a tuple of teacher layers to copy |
-    | student.initialise | "teacher" (copied layers) or "random" |
-    | student.token_types | "fold" type 0 into the positions, "drop" it as the original does, or "keep" the table |
-    | student.hidden_size, num_heads, intermediate_size | 0 = the teacher's |
-    | student.hidden_dropout, attention_dropout | drop rates |
-    | loss.ce, mlm, cos, mse | weights of the loss terms; 0 leaves a term out |
-    | loss.temperature | T of the soft targets |
-    | loss.ce_positions | "all" non-padding positions or "masked" ones |
-    | masking.rate, mask, random | share of tokens predicted; of these shown as [MASK], as a random token |
-    | masking.smoothing | exponent s of the masking weights count^−s |
-    | batch_size | rows in the effective (global) batch |
-    | micro_batch_size | rows a device computes at once; 0 = all of its share |
-    | epochs, steps | length of the run; `steps` wins where it is not 0 |
-    | eval.every, rows, batch_size | steps between validations (0 = only at the end), rows used (0 = all), rows at once (0 = micro-batches) |
-
-    The remaining keys are those of `distiljax.data.default_data_config`, the optimiser's (AdamW) and the loop's.
+      teacher                             hub name, Hugging Face directory or run directory of a masked LM
+      teacher_dtype                       compute dtype of the teacher; the run's `dtype` by default
+      student.layers                      how many (0 = half of the teacher's), or a tuple of teacher layers to copy
+      student.initialise                  teacher (copied layers) or random
+      student.token_types                 fold type 0 into the positions, drop it as the original does, or keep the table
+      student.hidden_size, num_heads, intermediate_size    0 = the teacher's
+      student.hidden_dropout, attention_dropout            drop rates while training
+      loss.ce, mlm, cos, mse              weights of the loss terms; 0 leaves a term out
+      loss.temperature                    T of the soft targets
+      loss.ce_positions                   all (non-padding) or masked
     """
     config = ConfigDict()
     config.teacher = "bert-base-uncased"
@@ -96,23 +107,21 @@ def distill_config() -> ConfigDict:
     config.loss.mse = 0.0
     config.loss.temperature = 2.0
     config.loss.ce_positions = "all"
-    config.update(_shared_config())
+    config.update(shared_config())
+    config.masking.smoothing = 0.7
     return config
 
 
 def pretrain_config() -> ConfigDict:
     """The config of `distiljax pretrain` (masked-language-model training) with every key at its default.
 
-    | key | meaning |
-    |---|---|
-    | model | hub name, Hugging Face directory or run directory to start from; a missing head is added |
-    | hidden_dropout, attention_dropout | drop rates while training |
-
-    The remaining keys are those of `distill_config`.
+      model                               hub name, Hugging Face directory or run directory to start from; a missing
+                                          masked-LM head is added
+      hidden_dropout, attention_dropout   drop rates while training
     """
     config = ConfigDict()
     config.model = "bert-base-uncased"
     config.hidden_dropout = 0.1
     config.attention_dropout = 0.1
-    config.update(_shared_config())
+    config.update(shared_config())
     return config

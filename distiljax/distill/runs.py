@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
+import logging
 from ml_collections import ConfigDict
 
 from distiljax.data import Metadata, RowLoader, eval_batches, prepare
@@ -27,15 +27,18 @@ from distiljax.distill.step import (
 )
 from distiljax.distill.student import Params, student_of
 from distiljax.errors import UserError
-from distiljax.hub import check_vocabulary, from_pretrained, load_tokenizer
+from distiljax.hub import check_vocabulary
 from distiljax.nn import MaskedLM
 from distiljax.train.format import human_count
+from distiljax.train.load import from_pretrained, load_tokenizer
 from distiljax.train.loop import Outcome, Schedule, run_loop
 from distiljax.train.optimizer import make_optimizer
 from distiljax.train.parallel import Parallel
 from distiljax.train.progress import CountProgress
 from distiljax.train.run import RESULT, TOKENIZER, machine, open_run, read_json, write_json, write_model
 from distiljax.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 # Seed of the masks that held-out rows get, the same in every run and evaluation so that figures compare.
 EVAL_SEED = 20191002
@@ -79,9 +82,7 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
         config.teacher, dtype=_dtype("teacher_dtype", config.teacher_dtype or config.dtype)
     )
     check_vocabulary(tokenizer, teacher.config, str(config.teacher))
-    student_config = config.student.to_dict()
-    layers = student_config.pop("layers") or None
-    student, params = student_of(teacher, teacher_params, layers, **student_config, seed=config.seed)
+    student, params = run_student(config, teacher, teacher_params)
     student = student.clone(dtype=dtype)
     width, teacher_width = student.config.hidden_size, teacher.config.hidden_size
     if width != teacher_width and config.loss.cos:
@@ -91,11 +92,18 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     return _run(config, path, "distill", tokenizer, Models(student, teacher), recipe, params, teacher_params)
 
 
+def run_student(config: ConfigDict, teacher: MaskedLM, teacher_params: Params) -> tuple[MaskedLM, Params]:
+    """The student of a distillation run before its first step."""
+    options = dict(config.student)
+    layers = options.pop("layers") or None
+    return student_of(teacher, teacher_params, layers, **options, seed=config.seed)
+
+
 def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     """Train or adapt a masked language model; one without a head gets a fresh one.
 
-    The same step as `distill` without a teacher. A fresh head's decoder bias starts at the logarithm of the corpus's
-    token frequencies, so that training need not spend its first steps on learning them.
+    The same step as `distill` without a teacher. A fresh head's decoder bias starts at the logarithm of the token
+    frequencies at masked positions, so that training need not spend its first steps on learning them.
 
     Args:
       config: see `distiljax.pretrain_config`.
@@ -122,7 +130,7 @@ def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> tu
     facts = read_json(path / RESULT)
     if facts is None:
         return path, None
-    logging.info("%s holds a finished run of this config; nothing to do", path)
+    log.info("%s holds a finished run of this config; nothing to do", path)
     return path, Result(path, True, facts)
 
 
@@ -159,17 +167,23 @@ def _run(
         encoder=models.student.config,
         source=config.get("teacher") or config.get("model"),
     )
-    train_rows, held_out = prepare_corpus(config.data, tokenizer, path / "data")
+    train_rows, held_out = prepare_corpus(config, path, tokenizer)
     loader = RowLoader(train_rows, config.batch_size, config.seed)
     metadata = Metadata.load(train_rows)
+    if config.steps < 0 or (not config.steps and config.epochs <= 0):
+        raise UserError(f"steps is {config.steps} and epochs {config.epochs}; expected one of them above 0")
     total_steps = config.steps or math.ceil(config.epochs * metadata.num_rows / config.batch_size)
     optimizer, learning_rate = make_optimizer(config.optimizer, total_steps)
 
-    counts = _full_counts(metadata.token_counts(train_rows), models.student.config.vocab_size)
+    counts = full_counts(metadata.token_counts(train_rows), models.student.config.vocab_size)
+    weights, eval_weights = (
+        masking_weights(counts, tokenizer.all_special_ids, smoothing)
+        for smoothing in (config.masking.smoothing, config.eval.smoothing)
+    )
     if kind == "pretrain" and not np.any(params["head"]["bias"]):
-        params["head"]["bias"] = unigram_bias(counts)
-    weights = masking_weights(counts, tokenizer.all_special_ids, config.masking.smoothing)
+        params["head"]["bias"] = unigram_bias(counts * weights)
     frozen = parallel.replicate({"teacher": teacher_params, "masking_weights": weights})
+    eval_frozen = frozen | {"masking_weights": parallel.replicate(eval_weights)}
 
     step = parallel.wrap(
         make_train_step(
@@ -192,7 +206,7 @@ def _run(
         state=jax.device_get(TrainState.create(params, optimizer)),
         step=lambda state, rows: step(state, frozen, rows),
         batches=lambda start: RowLoader(train_rows, config.batch_size, config.seed, start=start),
-        evaluate=lambda params: evaluator(params, frozen, held_out, config.eval.rows),
+        evaluate=lambda params: evaluator(params, eval_frozen, held_out, config.eval.rows),
     )
     facts = _facts(kind, outcome, models, params, teacher_params)
     if outcome.finished:
@@ -204,7 +218,7 @@ class Evaluator:
     """Loss terms and metrics on held-out rows, without dropout and on fixed masks.
 
     Calling it with replicated parameters, the replicated frozen tree, a prepared corpus and a number of rows
-    (0 = all) gives the means by name.
+    (0 = all) gives the means by name; `terms` gives the sums and counts behind them.
     """
 
     def __init__(
@@ -214,15 +228,19 @@ class Evaluator:
         self._batch_size = -(-batch_size // parallel.devices) * parallel.devices
         self._step = parallel.wrap(make_eval_step(models, recipe, masking, seed=EVAL_SEED))
 
-    def __call__(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, float]:
+    def terms(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, Any]:
+        """The summed terms (sum, count) over the rows, as numpy float64."""
         totals: Any = None
         for i, batch in enumerate(_limit(eval_batches(corpus, self._batch_size), rows, self._batch_size)):
             first = self._parallel.replicate(np.int32(i * self._batch_size))
             terms = self._step(params, frozen, first, self._parallel.shard(batch))
-            terms = jax.device_get(self._parallel.unreplicate(terms))
-            terms = jax.tree.map(np.float64, terms)
+            terms = jax.tree.map(np.float64, jax.device_get(self._parallel.unreplicate(terms)))
             totals = terms if totals is None else jax.tree.map(np.add, totals, terms)
-        return {name: float(value) for name, value in term_means(self._recipe, totals).items()}
+        return totals
+
+    def __call__(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, float]:
+        terms = self.terms(params, frozen, corpus, rows)
+        return {name: float(value) for name, value in term_means(self._recipe, terms).items()}
 
 
 def _limit(batches: Iterable[dict[str, np.ndarray]], rows: int, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
@@ -236,13 +254,14 @@ def _limit(batches: Iterable[dict[str, np.ndarray]], rows: int, batch_size: int)
         yield batch
 
 
-def prepare_corpus(data: ConfigDict, tokenizer: Any, directory: Path) -> tuple[Path, Path]:
-    """Prepare training and held-out rows under `directory`, or find them there; gives the two directories."""
+def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, Path]:
+    """The directories of training and held-out rows, prepared now or before."""
+    directory = Path(config.data_dir or workdir / "data")
     paths = []
-    for split, name in ((data.split, "train"), ("validation", "validation")):
+    for name in ("train", "validation"):
         with CountProgress(f"preparing {name} rows", enabled=jax.process_index() == 0) as progress:
-            metadata = prepare(data, split, tokenizer, directory / name, progress=progress.update)
-        logging.info(
+            metadata = prepare(config.data, name, tokenizer, directory / name, progress=progress.update)
+        log.info(
             "%s: %s rows of %d, %s tokens, %.1f %% filled",
             name,
             f"{metadata.num_rows:,}",
@@ -255,17 +274,23 @@ def prepare_corpus(data: ConfigDict, tokenizer: Any, directory: Path) -> tuple[P
 
 
 def unigram_bias(counts: np.ndarray) -> np.ndarray:
-    """Logarithm of the token frequencies [V], with half a count for tokens that do not occur."""
-    smoothed = np.maximum(counts, 0.5)
+    """Logarithm of the frequencies [V] of the tokens to predict; tokens that do not occur get half the smallest."""
+    smoothed = np.maximum(counts, counts[counts > 0].min() / 2)
     return np.log(smoothed / smoothed.sum()).astype(np.float32)
 
 
-def _full_counts(counts: np.ndarray, vocab_size: int) -> np.ndarray:
+def full_counts(counts: np.ndarray, vocab_size: int) -> np.ndarray:
     """Counts padded with zeros where the model has more rows than the tokenizer has tokens."""
     return np.pad(counts, (0, vocab_size - len(counts)))
 
 
 def _micro_batches(config: ConfigDict, devices: int) -> int:
+    """Micro-batches of one step on each device, from the three numbers that must divide."""
+    if config.batch_size < 1 or config.micro_batch_size < 0:
+        raise UserError(
+            f"batch_size is {config.batch_size} and micro_batch_size {config.micro_batch_size}; "
+            "expected at least 1 and at least 0"
+        )
     if config.batch_size % devices:
         raise UserError(
             f"batch_size {config.batch_size} does not divide by {devices} devices; choose a multiple of {devices}"
@@ -330,17 +355,17 @@ def _log_start(
     total_steps: int,
     micro_batches: int,
 ) -> None:
-    logging.info("%s on %s, %s over %d devices", kind, machine(), parallel.mode, parallel.devices)
+    log.info("%s on %s, %s over %d devices", kind, machine(), parallel.mode, parallel.devices)
     if models.teacher is not None:
-        logging.info("teacher: %s, %d layers", config.teacher, models.teacher.config.num_layers)
-    logging.info(
+        log.info("teacher: %s, %d layers", config.teacher, models.teacher.config.num_layers)
+    log.info(
         "model: %d layers, width %d, %s parameters, %s",
         models.student.config.num_layers,
         models.student.config.hidden_size,
         f"{count_parameters(params):,}",
         config.dtype,
     )
-    logging.info(
+    log.info(
         "%s steps of %s rows (%d micro-batches), %.2f epochs of %s rows",
         f"{total_steps:,}",
         f"{config.batch_size:,}",

@@ -169,7 +169,7 @@ class EncoderConfig:
         config |= {key: getattr(self, field) for field, key in keys.items()}
         config["activation" if distilbert else "hidden_act"] = _TO_HF_ACTIVATION[self.activation]
         if distilbert:
-            config |= {"sinusoidal_pos_embds": self.position_kind == "sinusoidal", "tie_weights_": True}
+            config["sinusoidal_pos_embds"] = self.position_kind == "sinusoidal"
         else:
             # transformers' BERT always has the table: a model without one gets a single row of zeros.
             config["type_vocab_size"] = max(self.type_vocab_size, 1)

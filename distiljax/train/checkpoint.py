@@ -79,7 +79,8 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
     directory = os.path.join(workdir, BEST if which == BEST else LAST)
     if not os.path.isdir(directory):
         raise FileNotFoundError(directory)
-    with ocp.CheckpointManager(os.path.abspath(directory), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(os.path.abspath(directory), options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise FileNotFoundError(directory)

@@ -14,13 +14,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+import logging
 
 from distiljax.train.checkpoint import Checkpointer
 from distiljax.train.metrics import MetricWriter
 from distiljax.train.parallel import Parallel
 from distiljax.train.progress import Progress
 from distiljax.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def run_loop(
         if restored is not None:
             state, facts = restored
             outcome = Outcome(**facts)
-            logging.info("going on from step %d of %s", outcome.step, workdir)
+            log.info("going on from step %d of %s", outcome.step, workdir)
         state = parallel.replicate(state)
         writer = stack.enter_context(MetricWriter(workdir, outcome.step)) if main else None
         stopping = stack.enter_context(_stop_signals())
@@ -207,7 +209,7 @@ def _stop_signals() -> Iterator[list[int]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        logging.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+        log.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

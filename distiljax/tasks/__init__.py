@@ -1,0 +1,1 @@
+"""What models are worth and good for: evaluation, prediction, export."""

@@ -1,0 +1,219 @@
+"""Masked-language-model accuracy, size and speed of models on the same held-out rows and masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import logging
+from ml_collections import ConfigDict
+
+from distiljax.data import Metadata
+from distiljax.distill.masking import Masking, masking_weights
+from distiljax.distill.runs import DTYPES, EVAL_SEED, Evaluator, count_parameters, full_counts, prepare_corpus, run_student
+from distiljax.distill.step import Models, Recipe
+from distiljax.errors import UserError
+from distiljax.hub import check_vocabulary
+from distiljax.nn import MaskedLM
+from distiljax.train.load import from_pretrained, is_run, load_tokenizer
+from distiljax.train.parallel import Parallel
+from distiljax.train.run import CONFIG, machine, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+EVALUATION = "evaluation.json"
+BATCH_ROWS = 32
+SPEED_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate: its name in the table, where it is from, module and parameters."""
+
+    name: str
+    path: str
+    module: MaskedLM
+    params: Any
+
+
+def evaluate_models(
+    models: Mapping[str, str | os.PathLike[str]] | Sequence[Candidate],
+    corpus: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    masking_counts: np.ndarray | None = None,
+    masking: Mapping[str, float] | None = None,
+    dtype: str = "float32",
+    rows: int = 0,
+    speed: bool = True,
+) -> dict[str, Any]:
+    """Evaluate masked language models on a prepared corpus; the first is the reference for what the others keep.
+
+    Every model sees the same masks, a function of the row alone. Speed is that of the encoder (what a downstream
+    task runs), measured in turn with all models over several rounds; the figures are medians.
+
+    Args:
+      models: name → run directory, Hugging Face directory or hub name; or candidates already loaded.
+      corpus: directory of prepared rows.
+      tokenizer: the models' tokenizer; the first model's by default.
+      masking_counts: token counts for the masking weights [V]; the corpus's own by default.
+      masking: `rate`, `mask`, `random`, `smoothing`; BERT's by default (15 % of all tokens alike, 80/10/10).
+      dtype: compute dtype.
+      rows: how many rows; 0 = all.
+      speed: whether to measure speed.
+
+    Returns:
+      `{"data": …, "machine": …, "models": [{"name", "path", "parameters", "bytes", "mlm_accuracy", "mlm_loss"
+      (nats), "perplexity", "tokens_per_second", "latency_ms"}, …]}`.
+
+    Raises:
+      UserError: a model that cannot be loaded, or whose vocabulary is not the corpus's.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if isinstance(models, Mapping):
+        tokenizer = tokenizer or load_tokenizer(next(iter(models.values())))
+        candidates = [
+            Candidate(name, str(path), *from_pretrained(path, dtype=DTYPES[dtype])) for name, path in models.items()
+        ]
+    else:
+        candidates = [dataclasses.replace(c, module=c.module.clone(dtype=DTYPES[dtype])) for c in models]
+    if not candidates:
+        raise UserError("no model to evaluate; give at least one")
+    metadata = Metadata.load(corpus)
+    metadata.check_tokenizer(tokenizer)
+    for candidate in candidates:
+        check_vocabulary(tokenizer, candidate.module.config, candidate.path)
+        if metadata.seq_len > candidate.module.config.max_positions:
+            raise UserError(
+                f"{candidate.path} has {candidate.module.config.max_positions} positions, the corpus's rows "
+                f"{metadata.seq_len}; prepare it again with data.seq_len={candidate.module.config.max_positions}"
+            )
+    settings = {"rate": 0.15, "mask": 0.8, "random": 0.1, "smoothing": 0.0, **(masking or {})}
+    smoothing = settings.pop("smoothing")
+    counts = metadata.token_counts(corpus) if masking_counts is None else masking_counts
+    parallel = Parallel()
+    recipe = Recipe(ce=0.0, mlm=1.0, cos=0.0)
+    results = []
+    for candidate in candidates:
+        weights = masking_weights(
+            full_counts(counts, candidate.module.config.vocab_size), tokenizer.all_special_ids, smoothing
+        )
+        evaluator = Evaluator(
+            Models(candidate.module),
+            recipe,
+            Masking(mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), **settings),
+            parallel,
+            BATCH_ROWS,
+        )
+        frozen = parallel.replicate({"teacher": None, "masking_weights": weights})
+        terms = evaluator.terms(parallel.replicate(candidate.params), frozen, Path(corpus), rows)
+        masked_tokens = int(terms["mlm"].count)
+        accuracy, loss = (float(terms[name].sum / masked_tokens) for name in ("mlm_accuracy", "mlm"))
+        parameters = count_parameters(candidate.params)
+        results.append({
+            "name": candidate.name,
+            "path": candidate.path,
+            "parameters": parameters,
+            "bytes": 4 * parameters,
+            "mlm_accuracy": accuracy,
+            "mlm_loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+        })
+        log.info("%s: masked-LM accuracy %.2f %%", candidate.name, 100 * accuracy)
+    if speed:
+        for result, figures in zip(results, encoder_speed(candidates, metadata.seq_len), strict=True):
+            result |= figures
+    seen = min(rows, metadata.num_rows) if rows else metadata.num_rows
+    return {
+        "data": {
+            "source": ", ".join(metadata.settings["source"]),
+            "split": metadata.split,
+            "rows": seen,
+            "tokens": round(seen * metadata.tokens_per_row),
+            "seq_len": metadata.seq_len,
+            "masked_tokens": masked_tokens,
+            "masks_seed": EVAL_SEED,
+        },
+        "machine": machine(),
+        "dtype": dtype,
+        "models": results,
+    }
+
+
+def encoder_speed(candidates: Sequence[Candidate], seq_len: int) -> list[dict[str, float]]:
+    """Latency (ms, one row) and throughput (tokens/s, 32 rows) of each encoder, measured in turn; medians."""
+    timings: list[tuple[list[float], list[float]]] = [([], []) for _ in candidates]
+    inputs = [jnp.ones((rows, seq_len), jnp.int32) for rows in (1, BATCH_ROWS)]
+    runs = [
+        (jax.jit(lambda p, x, m=c.module: m.apply({"params": p}, x, method="encode")), jax.device_put(c.params))
+        for c in candidates
+    ]
+    for run, params in runs:
+        for x in inputs:
+            jax.block_until_ready(run(params, x))  # compiles
+    began = time.monotonic()
+    rounds = 0
+    while rounds < 3 or (time.monotonic() - began < SPEED_SECONDS * len(candidates) and rounds < 50):
+        for (run, params), times in zip(runs, timings, strict=True):
+            for x, measured in zip(inputs, times, strict=True):
+                start = time.perf_counter()
+                jax.block_until_ready(run(params, x))
+                measured.append(time.perf_counter() - start)
+        rounds += 1
+    return [
+        {
+            "latency_ms": 1000 * statistics.median(one),
+            "tokens_per_second": BATCH_ROWS * seq_len / statistics.median(many),
+        }
+        for one, many in timings
+    ]
+
+
+def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str = "float32") -> dict[str, Any]:
+    """Evaluate a run on its own held-out rows and keep the result in its evaluation.json.
+
+    A distillation gives teacher, student, and the student as it was before distillation; masked-language-model
+    training gives the model. See `evaluate_models` for what is returned.
+
+    Raises:
+      UserError: no run, or one without a checkpoint.
+    """
+    path = Path(workdir)
+    if not is_run(path):
+        raise UserError(f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run")
+    stored = read_json(path / CONFIG) or {}
+    config = ConfigDict(stored)
+    module, params = from_pretrained(path)
+    candidates = [Candidate("student", str(path), module, params)]
+    if stored["kind"] == "distill":
+        teacher, teacher_params = from_pretrained(config.teacher)
+        before, before_params = run_student(config, teacher, teacher_params)
+        candidates = [
+            Candidate("teacher", str(config.teacher), teacher, teacher_params),
+            *candidates,
+            Candidate("student before distillation", "", before, before_params),
+        ]
+    else:
+        candidates = [dataclasses.replace(candidates[0], name="model")]
+    train_rows, held_out = prepare_corpus(config, path, load_tokenizer(path))
+    evaluation = evaluate_models(
+        candidates,
+        held_out,
+        tokenizer=load_tokenizer(path),
+        masking_counts=Metadata.load(train_rows).token_counts(train_rows),
+        masking={**stored["masking"], "smoothing": stored["eval"]["smoothing"]},
+        dtype=dtype,
+        rows=rows,
+    )
+    write_json(path / EVALUATION, evaluation)
+    return evaluation

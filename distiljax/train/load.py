@@ -1,0 +1,78 @@
+"""Models by name: a run directory of this package, a Hugging Face directory, or a hub name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from distiljax import hub
+from distiljax.errors import UserError
+from distiljax.nn import Encoder, EncoderConfig, MaskedLM
+from distiljax.train.checkpoint import restore_params
+from distiljax.train.run import CONFIG, MODEL, TOKENIZER, read_json
+
+Params = dict[str, Any]
+
+
+def is_run(name_or_dir: str | os.PathLike[str]) -> bool:
+    """Whether a name is a run directory."""
+    return (Path(name_or_dir) / MODEL).is_file()
+
+
+def from_pretrained(
+    name_or_dir: str | os.PathLike[str],
+    head: str | None = "masked_lm",
+    dtype: Any = jnp.float32,
+    *,
+    checkpoint: str = "best",
+    **options: Any,
+) -> tuple[nn.Module, Params]:
+    """Load a model.
+
+    Args:
+      name_or_dir: a run directory of `pretrain` or `distill`, a local Hugging Face directory, or a hub name.
+      head: "masked_lm", or None for the bare encoder.
+      dtype: compute dtype of the module; parameters are float32.
+      checkpoint: of a run directory: "best" (lowest held-out loss) or "last".
+      **options: for Hugging Face weights, see `distiljax.hub.from_pretrained`.
+
+    Returns:
+      The module and its parameters: `module.apply({"params": params}, input_ids, attention_mask=…)`.
+
+    Raises:
+      UserError: nothing there, damaged, or another architecture.
+    """
+    if not is_run(name_or_dir):
+        return hub.from_pretrained(name_or_dir, head=head, dtype=dtype, **options)
+    if head not in ("masked_lm", None):
+        raise UserError(f"head is {head!r}; expected masked_lm or None")
+    path = Path(name_or_dir)
+    facts = read_json(path / MODEL) or {}
+    module = MaskedLM(EncoderConfig(**facts["encoder"]), dtype)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    try:
+        params, _ = restore_params(path, shapes, checkpoint)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} has no {checkpoint} checkpoint yet; let the run reach its first validation, or give its "
+            f"teacher or a finished run (config in {path / CONFIG})"
+        ) from None
+    if head is None:
+        return Encoder(module.config, dtype), params["encoder"]
+    return module, params
+
+
+def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> Any:
+    """The fast tokenizer of a run directory, a Hugging Face directory or a hub name.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(name_or_dir)
+    return hub.load_tokenizer(path / TOKENIZER if is_run(path) else name_or_dir)

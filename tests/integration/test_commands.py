@@ -1,0 +1,152 @@
+"""Whole commands on small real input."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import distiljax
+from distiljax.cli import main
+from distiljax.train.metrics import read_metrics
+
+
+def test_a_distillation_leaves_a_whole_run_directory(distilled):
+    result = json.loads((distilled / "result.json").read_text())
+    assert result["steps"] == 8 and result["kind"] == "distill"
+    assert result["parameters"] < result["teacher_parameters"]
+    metrics = read_metrics(distilled)
+    assert [step for step, _ in metrics["train"]["loss_ce"]] == [2, 4, 6, 8]
+    assert [step for step, _ in metrics["validation"]["mlm_accuracy"]] == [0, 4, 8]
+    for name in ("loss", "loss_ce", "loss_mlm", "loss_cos", "grad_norm", "learning_rate", "mlm_accuracy"):
+        assert np.isfinite([value for _, value in metrics["train"][name]]).all(), name
+    assert {"teacher_agreement", "tokens_per_second", "data_wait"} <= metrics["train"].keys()
+    assert list((distilled / "tensorboard").iterdir())
+    # A student that starts from its teacher comes nearer to it.
+    losses = [value for _, value in metrics["validation"]["loss"]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_finished_run_is_not_touched_again(distilled, teacher, flags, capsys):
+    before = {p: p.stat().st_mtime_ns for p in distilled.rglob("*") if p.is_file() and p.name != "config.json"}
+    assert main(["distill", f"--config.teacher={teacher}", *flags(), f"--workdir={distilled}"]) == 0
+    assert "finished at step 8" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in distilled.rglob("*") if p.is_file() and p.name != "config.json"}
+
+
+def test_pretrain_adds_a_head_and_its_run_serves_as_a_teacher(tmp_path, teacher, tokenizer, flags):
+    encoder, params = distiljax.from_pretrained(teacher, head=None)
+    headless = tmp_path / "headless"
+    distiljax.save_pretrained(encoder, params, headless, tokenizer=tokenizer)
+    adapted, run = tmp_path / "adapted", tmp_path / "run"
+    assert main(["pretrain", f"--config.model={headless}", *flags(steps=4), f"--workdir={adapted}"]) == 0
+    metrics = read_metrics(adapted)
+    assert "loss_ce" not in metrics["train"]
+    assert metrics["validation"]["loss"][-1][1] < metrics["validation"]["loss"][0][1]
+    assert main(["distill", f"--config.teacher={adapted}", *flags(steps=2), f"--workdir={run}"]) == 0
+    exported = tmp_path / "exported"
+    assert main(["export", f"--workdir={adapted}", f"--out={exported}"]) == 0
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_export_is_what_transformers_loads_and_comes_back_bit_for_bit(tmp_path, distilled):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    out = tmp_path / "student"
+    assert main(["export", f"--workdir={distilled}", f"--out={out}"]) == 0
+    model, info = transformers.AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.model_type == "distilbert"
+
+    module, params = distiljax.from_pretrained(distilled)
+    back_module, back = distiljax.from_pretrained(out)
+    assert back_module.config == module.config
+    flat, flat_back = traverse_util.flatten_dict(params), traverse_util.flatten_dict(back)
+    assert flat.keys() == flat_back.keys()
+    for path, value in flat.items():
+        np.testing.assert_array_equal(value, flat_back[path], err_msg="/".join(path))
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    batch = tokenizer(["the value of an expression", "a [MASK] statement"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.numpy()
+    ours = module.apply(
+        {"params": params}, batch["input_ids"].numpy(), attention_mask=batch["attention_mask"].numpy()
+    )
+    np.testing.assert_allclose(ours.logits, expected, atol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "distil" in card and "hf" in card
+
+    pipeline = transformers.pipeline("fill-mask", model=str(out), top_k=3)
+    theirs = pipeline("the value of the [MASK] is true.")
+    ours = next(distiljax.fill_mask(module, params, tokenizer, ["the value of the [MASK] is true."], top_k=3))
+    assert [c["id"] for c in ours["masks"][0]] == [c["token"] for c in theirs]
+    np.testing.assert_allclose(
+        [c["score"] for c in ours["masks"][0]], [c["score"] for c in theirs], rtol=1e-4
+    )
+
+
+def test_evaluate_compares_teacher_student_and_its_start_on_the_same_masks(distilled, teacher, tmp_path, capsys):
+    assert main(["evaluate", f"--workdir={distilled}", "--rows=32", "--json"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation == json.loads((distilled / "evaluation.json").read_text())
+    names = [model["name"] for model in evaluation["models"]]
+    assert names == ["teacher", "student", "student before distillation"]
+    by_name = {model["name"]: model for model in evaluation["models"]}
+    assert by_name["student"]["mlm_loss"] < by_name["student before distillation"]["mlm_loss"]
+    assert by_name["student"]["parameters"] == by_name["student before distillation"]["parameters"]
+    # The run logged the same student on the same rows and masks.
+    result = json.loads((distilled / "result.json").read_text())
+    assert by_name["student"]["mlm_loss"] == pytest.approx(result["best"]["loss_mlm"], rel=1e-5)
+
+    out = tmp_path / "evaluation.json"
+    data = distilled / "data" / "validation"
+    arguments = [f"--model=a={teacher}", f"--model=b={distilled}", f"--data={data}", f"--out={out}"]
+    assert main(["evaluate", *arguments, "--rows=16"]) == 0
+    assert "Share kept" in capsys.readouterr().out
+    assert [m["name"] for m in json.loads(out.read_text())["models"]] == ["a", "b"]
+
+
+def test_report_shows_the_run(distilled, tmp_path):
+    assert main(["report", f"--workdir={distilled}", f"--out={tmp_path}"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "losses.png" in text and (tmp_path / "plots" / "losses.png").stat().st_size > 10_000
+
+
+def test_predict_fills_masks_from_arguments_and_files(distilled, tmp_path, capsys):
+    assert main(["predict", f"--model={distilled}", "--top_k=2", "the [MASK] of a [MASK]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "the [MASK] of a [MASK]" and len(lines) == 1 + 2 * 3
+    file = tmp_path / "texts.txt"
+    texts = [f"{'a ' * n}[MASK]" for n in range(1, 20)]
+    file.write_text("\n".join(texts))
+    assert main(["predict", f"--model={distilled}", f"--file={file}", "--json", "--batch_size=4"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["text"] for r in results] == texts
+    for result in results:
+        scores = [choice["score"] for choice in result["masks"][0]]
+        assert len(scores) == 5 and scores == sorted(scores, reverse=True) and sum(scores) <= 1
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_every_option_of_the_recipe_runs(tmp_path, teacher, flags, mode):
+    options = flags(
+        steps=2,
+        micro_batch_size=1,
+        student__hidden_size=16,
+        student__num_heads=2,
+        student__token_types="drop",
+        loss__ce_positions="masked",
+        loss__mse=0.1,
+        optimizer__weight_decay=0.01,
+        parallel__mode=mode,
+        dtype="bfloat16",
+        data__pack=False,
+    )
+    assert main(["distill", f"--config.teacher={teacher}", *options, f"--workdir={tmp_path / 'run'}"]) == 0
+    exported = tmp_path / "exported"
+    assert main(["export", f"--workdir={tmp_path / 'run'}", f"--out={exported}"]) == 0
+    # The cosine projection of a narrower student stays behind.
+    module, _ = distiljax.from_pretrained(exported)
+    assert module.config.hidden_size == 16

@@ -1,0 +1,71 @@
+"""A run that is killed and started again ends as if nothing had happened."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import distiljax
+
+
+def wait_for_step(workdir, step, process, seconds=120):
+    """Until the log says that `step` steps are done."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        log = workdir / "metrics.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if any(r["split"] == "train" and r["step"] >= step for r in map(json.loads, lines)):
+                return
+        if process.poll() is not None:
+            pytest.fail(f"ended early with {process.returncode}: {process.stderr.read()}")
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached in {seconds} s")
+
+
+def final_params(workdir):
+    _, params = distiljax.from_pretrained(workdir, checkpoint="last")
+    return traverse_util.flatten_dict(params)
+
+
+def test_a_killed_and_a_terminated_run_end_bit_identical_to_an_unbroken_one(tmp_path, teacher, flags, start):
+    command = ["distill", f"--config.teacher={teacher}"]
+    # Steps long enough for the signals to fall where they are meant to.
+    command += flags(steps=40, log_every=1, eval__every=15, checkpoint__every=6, batch_size=64, micro_batch_size=8)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+
+    process = start(*command, f"--workdir={unbroken}")
+    assert process.wait(300) == 0, process.stderr.read()
+
+    process = start(*command, f"--workdir={broken}")
+    wait_for_step(broken, 20, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (broken / "result.json").exists()
+
+    process = start(*command, f"--workdir={broken}")
+    wait_for_step(broken, 30, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "the same command goes on" in errors
+    assert not (broken / "result.json").exists()
+
+    process = start(*command, f"--workdir={broken}")
+    assert process.wait(300) == 0, process.stderr.read()
+
+    expected, ours = final_params(unbroken), final_params(broken)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg="/".join(path))
+
+    results = [json.loads((path / "result.json").read_text()) for path in (unbroken, broken)]
+    assert results[0]["validation"] == results[1]["validation"]
+    assert results[0]["best"] == results[1]["best"]
+    assert results[0]["tokens"] == results[1]["tokens"]
+    # Every step is in the log once, with the same losses.
+    logs = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (unbroken, broken)]
+    losses = [[(r["step"], r["split"], r["loss"]) for r in log] for log in logs]
+    assert losses[0] == losses[1]
