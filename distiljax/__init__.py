@@ -1,56 +1,73 @@
-"""Distil a BERT-family teacher into a student of half its depth by the DistilBERT recipe (Sanh et al. 2019)."""
+"""Distil a BERT-family teacher into a student of half its depth by the DistilBERT recipe (Sanh et al. 2019).
+
+Names are imported on first use, so that `import distiljax` and the command line start at once.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distiljax.version import __version__
+
 if TYPE_CHECKING:
     from distiljax.distill.config import distill_config, pretrain_config
     from distiljax.distill.runs import Result, distill, pretrain
     from distiljax.distill.student import student_of
     from distiljax.errors import UserError
-    from distiljax.hub import load_tokenizer, save_pretrained
+    from distiljax.hub import save_pretrained
     from distiljax.nn import Encoder, EncoderConfig, MaskedLM
     from distiljax.report import write_report
     from distiljax.tasks.evaluate import evaluate_models, evaluate_run
-    from distiljax.tasks.fill_mask import fill_mask
     from distiljax.tasks.export import export
-    from distiljax.train.load import from_pretrained
+    from distiljax.tasks.fill_mask import fill_mask
+    from distiljax.train.load import from_pretrained, load_tokenizer
 
-from distiljax.version import __version__
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "MaskedLM",
+    "Result",
+    "UserError",
+    "__version__",
+    "distill",
+    "distill_config",
+    "evaluate_models",
+    "evaluate_run",
+    "export",
+    "fill_mask",
+    "from_pretrained",
+    "load_tokenizer",
+    "pretrain",
+    "pretrain_config",
+    "save_pretrained",
+    "student_of",
+    "write_report",
+]
 
-# Each name and where it is; imported on first use, so that `import distiljax` and the command line start at once.
-_PUBLIC = {
-    "Encoder": "distiljax.nn",
-    "EncoderConfig": "distiljax.nn",
-    "MaskedLM": "distiljax.nn",
-    "Result": "distiljax.distill.runs",
-    "UserError": "distiljax.errors",
-    "distill_config": "distiljax.distill.config",
-    "evaluate_models": "distiljax.tasks.evaluate",
-    "evaluate_run": "distiljax.tasks.evaluate",
-    "export": "distiljax.tasks.export",
-    "fill_mask": "distiljax.tasks.fill_mask",
-    "from_pretrained": "distiljax.train.load",
-    "load_tokenizer": "distiljax.train.load",
-    "pretrain": "distiljax.distill.runs",
-    "pretrain_config": "distiljax.distill.config",
-    "save_pretrained": "distiljax.hub",
-    "student_of": "distiljax.distill.student",
-    "write_report": "distiljax.report",
+_MODULES = {
+    "distiljax.distill.config": ("distill_config", "pretrain_config"),
+    "distiljax.distill.runs": ("Result", "pretrain"),
+    "distiljax.distill.student": ("student_of",),
+    "distiljax.errors": ("UserError",),
+    "distiljax.hub": ("save_pretrained",),
+    "distiljax.nn": ("Encoder", "EncoderConfig", "MaskedLM"),
+    "distiljax.report": ("write_report",),
+    "distiljax.tasks.evaluate": ("evaluate_models", "evaluate_run"),
+    "distiljax.tasks.export": ("export",),
+    "distiljax.tasks.fill_mask": ("fill_mask",),
+    "distiljax.train.load": ("from_pretrained", "load_tokenizer"),
 }
-
-__all__ = ["__version__", "distill", *sorted(_PUBLIC)]
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name == "distill":  # the folder, which is callable
         return importlib.import_module("distiljax.distill")
-    if name not in _PUBLIC:
+    if name not in _HOME:
         raise AttributeError(f"module 'distiljax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

@@ -77,7 +77,9 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     name, arguments = argv[0], argv[1:]
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{_suggestion(name, COMMANDS)}; `distiljax --help` lists the commands")
+        raise UserError(
+            f"unknown command {name!r}{_suggestion(name, COMMANDS)}; `distiljax --help` lists the commands"
+        )
     command = COMMANDS[name]
     if any(a in ("-h", "--help", "-help", "--helpfull") for a in arguments):
         print(_help(command), end="")
@@ -111,7 +113,9 @@ def _define_config(name: str, default: Callable[[], ConfigDict], values: Flags, 
         path = arguments[arguments.index("--config") + 1]
     config = default() if path is None else _load_config(path)
     if not isinstance(config, ConfigDict):
-        raise UserError(f"config {path}: get_config() gave a {type(config).__name__}; expected an ml_collections.ConfigDict")
+        raise UserError(
+            f"config {path}: get_config() gave a {type(config).__name__}; expected an ml_collections.ConfigDict"
+        )
     known = set(_keys(default()))
     for key in _keys(config):
         if key not in known:
@@ -123,7 +127,11 @@ def _define_config(name: str, default: Callable[[], ConfigDict], values: Flags, 
         raise UserError(f"config {path} lacks {missing!r}; start it from distiljax.{name}_config()")
     for argument in arguments:
         override = re.match(r"--?config\.([^=]+)", argument)
-        if override and override[1] not in known and not any(key.startswith(override[1] + ".") for key in known):
+        if (
+            override
+            and override[1] not in known
+            and not any(key.startswith(override[1] + ".") for key in known)
+        ):
             raise UserError(f"unknown config key {override[1]!r}{_suggestion(override[1], known)}")
     if path is None:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=sys_argv)
@@ -136,16 +144,22 @@ def _load_config(path: str) -> Any:
 
     file, _, argument = path.partition(":")
     if not os.path.isfile(file):
-        raise UserError(f"config file {file!r} does not exist; give a Python file with a get_config() function")
+        raise UserError(
+            f"config file {file!r} does not exist; give a Python file with a get_config() function"
+        )
     try:
         namespace = runpy.run_path(file)
         if "get_config" not in namespace:
-            raise UserError(f"config file {file} has no get_config() function; add one that returns a ConfigDict")
+            raise UserError(
+                f"config file {file} has no get_config() function; add one that returns a ConfigDict"
+            )
         return namespace["get_config"](*([argument] if argument else []))
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"config file {path} fails with {type(error).__name__}: {_one_line(error)}") from error
+        raise UserError(
+            f"config file {path} fails with {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:
@@ -242,16 +256,16 @@ def _train(kind: str) -> Callable[[Flags, list[str]], int]:
         import distiljax
 
         result = (distiljax.distill if kind == "distill" else distiljax.pretrain)(values.config, workdir)
+        step = result.facts["steps"]
         if not result.finished:
             print(
-                f"stopped at step {result.facts['steps']}, state saved in {workdir}; the same command goes on from there",
+                f"stopped at step {step}, saved in {workdir}; the same command goes on from there",
                 file=sys.stderr,
             )
             return 0
         best = result.facts["best"] or result.facts["validation"]
-        figures = [f"masked-LM accuracy {100 * best['mlm_accuracy']:.1f} %"] if "mlm_accuracy" in best else []
-        figures += [f"loss {best['loss']:.4f}"] if "loss" in best else []
-        print(f"finished at step {result.facts['steps']}: held-out {', '.join(figures)} at step {best.get('step')}; {workdir}")
+        figures = f"loss {best['loss']:.4f}, masked-LM accuracy {100 * best['mlm_accuracy']:.1f} %"
+        print(f"finished at step {step}; best on held-out text at step {best['step']}: {figures}; {workdir}")
         return 0
 
     return run
@@ -259,9 +273,14 @@ def _train(kind: str) -> Callable[[Flags, list[str]], int]:
 
 def _define_evaluate(values: Flags) -> None:
     flags.DEFINE_string(
-        "workdir", None, "a run: its teacher, its student now and before, on its own held-out rows", flag_values=values
+        "workdir",
+        None,
+        "a run: its teacher, its student now and before, on its own held-out rows",
+        flag_values=values,
     )
-    flags.DEFINE_multi_string("model", [], "NAME=PATH of a model, repeated; the first is the reference", flag_values=values)
+    flags.DEFINE_multi_string(
+        "model", [], "NAME=PATH of a model, repeated; the first is the reference", flag_values=values
+    )
     flags.DEFINE_string("data", None, "with --model: a directory of prepared rows", flag_values=values)
     flags.DEFINE_integer("rows", 0, "how many rows; 0 = all", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "compute dtype: float32 or bfloat16", flag_values=values)
@@ -298,7 +317,9 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
 
 
 def _define_predict(values: Flags) -> None:
-    flags.DEFINE_string("model", None, "a run directory, a Hugging Face directory or a hub name", flag_values=values)
+    flags.DEFINE_string(
+        "model", None, "a run directory, a Hugging Face directory or a hub name", flag_values=values
+    )
     flags.DEFINE_string("file", None, "read texts from this file, one a line", flag_values=values)
     flags.DEFINE_integer("top_k", 5, "how many words for each [MASK]", flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "texts at once", flag_values=values)
@@ -342,7 +363,9 @@ def _texts(file: str | None, arguments: list[str]) -> Iterator[str]:
                     if line.strip():
                         yield line.rstrip("\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"{file or 'standard input'} is not UTF-8 ({error.reason}); convert it first") from error
+            raise UserError(
+                f"{file or 'standard input'} is not UTF-8 ({error.reason}); convert it first"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"--file {file} cannot be read ({error.strerror}); give a text file, one text a line"
@@ -369,8 +392,12 @@ def _export(values: Flags, rest: list[str]) -> int:
 
 
 def _define_report(values: Flags) -> None:
-    flags.DEFINE_multi_string("workdir", [], "a run directory; repeat it for several runs", flag_values=values)
-    flags.DEFINE_string("out", None, "where report.md and plots/ go; the last run directory by default", flag_values=values)
+    flags.DEFINE_multi_string(
+        "workdir", [], "a run directory; repeat it for several runs", flag_values=values
+    )
+    flags.DEFINE_string(
+        "out", None, "where report.md and plots/ go; the last run directory by default", flag_values=values
+    )
 
 
 def _report(values: Flags, rest: list[str]) -> int:
@@ -400,7 +427,7 @@ COMMANDS = {
     "evaluate": Command(
         "Masked-LM accuracy, size and speed of models side by side.",
         "distiljax evaluate --workdir=runs/distilbert\n"
-        "distiljax evaluate --model=teacher=bert-base-uncased --model=student=out/student --data=runs/distilbert/data/validation",
+        "distiljax evaluate --model=teacher=bert-base-uncased --model=student=out/student --data=DIR_OF_ROWS",
         _define_evaluate,
         _evaluate,
     ),
@@ -424,5 +451,3 @@ COMMANDS = {
         _report,
     ),
 }
-
-

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from distiljax.distill.config import distill_config, pretrain_config
 from distiljax.errors import UserError
 from distiljax.report import (
-    _smooth,
     print_retention_table,
-    read_evaluation,
     read_run,
     retention_markdown,
     retention_table,
@@ -23,8 +22,15 @@ from distiljax.report import (
 from distiljax.train.metrics import MetricWriter
 
 EVALUATION = {
-    "data": {"source": "wikipedia-held-out", "rows": 200, "tokens": 100_000, "masked_tokens": 10_000},
-    "machine": "2-core CPU",
+    "data": {
+        "source": "notes/*.txt",
+        "rows": 200,
+        "tokens": 100_000,
+        "seq_len": 128,
+        "masked_tokens": 10_000,
+    },
+    "machine": "1 CPU device, 2 cores",
+    "dtype": "float32",
     "models": [
         {
             "name": "teacher",
@@ -53,47 +59,51 @@ EVALUATION = {
 }
 
 
-def make_run(directory, kind="distill", steps=100, finished=True, every=2):
-    """A run directory with a log of falling losses."""
+def make_run(directory, kind="distill", steps=100, finished=True, evaluated=False):
+    """A run directory with a log of falling losses; held-out text is at its best at step 80."""
+    directory.mkdir(parents=True)
+    config = distill_config() if kind == "distill" else pretrain_config()
+    config.data.source = ("wiki|pedia", "docstrings")
+    config.batch_size = 64
+    config.steps = steps
+    (directory / "config.json").write_text(json.dumps({"kind": kind, **json.loads(config.to_json())}))
+    validations = []
     with MetricWriter(directory) as writer:
-        for step in range(0, steps + 1, every):
+        for step in range(0, steps + 1, 2):
             fall = math.exp(-5 * step / steps)
-            values = {"loss": 2 + 8 * fall, "loss_mlm": 2 + 8 * fall, "mlm_accuracy": 0.57 * (1 - fall)}
+            values = {"loss_mlm": 2 + 8 * fall, "mlm_accuracy": 0.57 * (1 - fall)}
             if kind == "distill":
                 values |= {
                     "loss_ce": 1 + 30 * fall,
                     "loss_cos": 0.05 + fall,
                     "teacher_agreement": 0.7 * (1 - fall),
                 }
-            if step % (10 * every) == 0:
-                writer.write(step, "validation", values)
+            values["loss"] = 2 + 8 * fall
+            if step % 20 == 0:
+                overfitting = {"loss": values["loss"] + (step > 80)}
+                writer.write(step, "validation", values | overfitting)
+                validations.append({"step": step} | values | overfitting)
             if step:
-                rates = {
-                    "grad_norm": 1 + fall,
-                    "learning_rate": 5e-4,
-                    "tokens_per_second": 1e4,
-                    "data_wait": 0.01,
-                }
-                writer.write(step, "train", values | rates | {"seconds": 2.0 * step})
-    config = {
-        ("teacher" if kind == "distill" else "model"): "bert-base-uncased",
-        "steps": steps,
-        "data": {"train": {"source": "wiki|pedia"}, "seq_len": 128},
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+                rates = {"tokens_per_second": 1e4, "data_wait": 0.01, "seconds": 2.0 * step}
+                writer.write(step, "train", values | rates | {"grad_norm": 1 + fall, "learning_rate": 5e-4})
     if finished:
         result = {
             "kind": kind,
             "steps": steps,
-            "tokens": 12_000_000,
+            "tokens": 12_000_000.0,
             "seconds": 3725.0,
             "best_step": 80,
-            "validation": {"mlm_accuracy": 0.565, "loss": 2.1},
-            "machine": "2-core CPU",
+            "start": validations[0],
+            "validation": validations[-1],
+            "best": validations[4],
+            "machine": "1 CPU device, 2 cores",
             "parameters": 66_985_530,
-            "teacher_parameters": 109_514_298,
         }
+        if kind == "distill":
+            result["teacher_parameters"] = 109_514_298
         (directory / "result.json").write_text(json.dumps(result))
+    if evaluated:
+        (directory / "evaluation.json").write_text(json.dumps(EVALUATION))
     return directory
 
 
@@ -105,7 +115,6 @@ def images(report):
         with Image.open(report.parent / name) as image:
             image.load()
             assert image.format == "PNG" and image.width >= 1200 and image.info["dpi"][0] >= 150
-            assert len(image.convert("RGB").getcolors(1 << 24)) > 5
     return [name.removeprefix("plots/").removesuffix(".png") for name in names]
 
 
@@ -126,16 +135,10 @@ def test_shares_kept_rank_as_the_accuracies(accuracies):
     assert [r.share_kept * accuracies[0] for r in rows] == pytest.approx(accuracies)
 
 
-@pytest.mark.parametrize("accuracy", [0.0, None, float("nan"), "high", True])
+@pytest.mark.parametrize("accuracy", [0.0, None, float("nan")])
 def test_a_reference_without_a_usable_accuracy_gives_no_share(accuracy):
     models = [{"name": "teacher", "mlm_accuracy": accuracy}, {"name": "student", "mlm_accuracy": 0.5}]
     assert retention_table({"models": models})[1].share_kept is None
-
-
-@pytest.mark.parametrize("evaluation", [{}, {"models": []}, {"models": {}}, {"models": [{"path": "x"}]}])
-def test_an_evaluation_without_models_is_refused(evaluation):
-    with pytest.raises(UserError, match="models"):
-        retention_table(evaluation)
 
 
 def test_the_terminal_table():
@@ -162,9 +165,13 @@ def test_the_markdown_table():
     assert {line.count("|") for line in lines} == {7}
 
 
-def test_report_of_a_finished_distillation(tmp_path):
-    run = make_run(tmp_path / "run")
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+def test_the_speed_column_names_the_reference():
+    evaluation = {"models": [{"name": "bert", "tokens_per_second": 2.0}]}
+    assert "| Speed (× bert) |" in retention_markdown(evaluation)
+
+
+def test_report_of_a_finished_and_evaluated_distillation(tmp_path):
+    run = make_run(tmp_path / "run", evaluated=True)
     report = write_report([run], run)
     assert report == run / "report.md"
     assert images(report) == ["quality", "losses", "accuracy", "agreement", "optimisation", "throughput"]
@@ -176,15 +183,22 @@ def test_report_of_a_finished_distillation(tmp_path):
     ) in text
     assert retention_markdown(EVALUATION) in text
     # 1.96 · sqrt(0.6 · 0.4 / 10,000) = 0.0096
-    assert "10,000 masked tokens of `wikipedia-held-out` (2-core CPU)" in text and "± 1.0 points" in text
+    assert "on 10,000 masked tokens of held-out text from `notes/*.txt`" in text and "± 1.0 points" in text
+    assert "on rows of 128 tokens; latency: of one such row. Machine: 1 CPU device, 2 cores." in text
+    # 0.57 · (1 - exp(-4)) = 0.5596
+    held_out = "masked-LM accuracy 56.0 %, agreement with the teacher 68.7 %, loss 2.15"
     for fact in (
         "| Teacher | `bert-base-uncased` |",
-        "| Training text | `wiki\\|pedia` |",
+        "| Text | `wiki\\|pedia, docstrings` |",
+        "| Sequence length | 512 |",
+        "| Rows a step | 64 |",
         "| Optimiser steps | 100 |",
+        f"| On held-out text, best step (80) | {held_out} |",
+        "| Parameters | 67.0 M (teacher 110 M) |",
         "| Tokens | 12.0 M |",
         "| Wall time | 1 h 2 min |",
         "| Mean speed | 3.22 k tokens/s |",
-        "| Machine | 2-core CPU |",
+        "| Machine | 1 CPU device, 2 cores |",
     ):
         assert fact in text
     assert not list(run.glob("**/*.tmp"))
@@ -195,49 +209,74 @@ def test_report_without_an_evaluation(tmp_path):
     assert "quality" not in images(report)
     assert (
         "A student, 67.0 M parameters against 110 M (39 % smaller), was distilled from "
-        "`bert-base-uncased` for 100 steps and reached 56.5 % masked-LM accuracy on held-out text."
+        "`bert-base-uncased` for 100 steps and reached 56.0 % masked-LM accuracy on held-out text."
     ) in report.read_text()
 
 
 def test_report_of_an_unfinished_run(tmp_path):
     run = make_run(tmp_path / "run", finished=False)
-    (run / "config.json").unlink()
+    config = json.loads((run / "config.json").read_text()) | {"steps": 1000}
+    (run / "config.json").write_text(json.dumps(config))
     report = write_report([run], tmp_path / "out")
     assert images(report) == ["losses", "accuracy", "agreement", "optimisation", "throughput"]
-    assert "has not finished; what follows is as of step 100" in report.read_text()
+    text = report.read_text()
+    assert "has not finished; what follows is as of step 100" in text
+    assert "for 100 of 1,000 steps and reached 56.0 % masked-LM accuracy" in text
+
+
+def test_the_best_validation_is_the_same_before_and_after_the_end(tmp_path):
+    finished, unfinished = (
+        read_run(make_run(tmp_path / str(done), finished=done)).best for done in (True, False)
+    )
+    assert finished == unfinished and finished["step"] == 80
 
 
 def test_report_of_a_run_that_has_logged_nothing(tmp_path):
-    (tmp_path / "config.json").write_text('{"teacher": "bert-base-uncased"}')
-    report = write_report([tmp_path], tmp_path / "out")
+    run = make_run(tmp_path / "run", finished=False)
+    (run / "metrics.jsonl").unlink()
+    report = write_report([run], tmp_path / "out")
     assert images(report) == []
     assert "Nothing has been logged yet." in report.read_text()
 
 
-def test_report_of_a_few_logged_points(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        writer.write(1, "train", {"loss": float("nan"), "loss_mlm": 10.0, "grad_norm": 0.0})
-    assert images(write_report([tmp_path], tmp_path / "out")) == ["losses", "optimisation"]
+def test_report_of_one_logged_step(tmp_path):
+    run = make_run(tmp_path / "run", finished=False)
+    with MetricWriter(run) as writer:
+        writer.write(
+            1, "train", {"loss": float("nan"), "loss_mlm": 10.0, "grad_norm": 0.0, "learning_rate": 0.0}
+        )
+    assert images(write_report([run], tmp_path / "out")) == ["losses", "optimisation"]
 
 
 def test_a_pretraining_run_has_no_agreement_and_one_loss(tmp_path):
-    report = write_report([make_run(tmp_path / "teacher", "pretrain")], tmp_path / "out", EVALUATION)
-    assert images(report) == ["quality", "losses", "accuracy", "optimisation", "throughput"]
-    assert "| Started from | `bert-base-uncased` |" in report.read_text()
+    report = write_report([make_run(tmp_path / "teacher", "pretrain")], tmp_path / "out")
+    assert images(report) == ["losses", "accuracy", "optimisation", "throughput"]
+    text = report.read_text()
+    assert "| Started from | `bert-base-uncased` |" in text
+    assert (
+        "`bert-base-uncased` was trained by masked language modelling for 100 steps and reached 56.0 %"
+        in text
+    )
 
 
 def test_several_runs_have_a_section_each_and_a_comparison(tmp_path):
     runs = [
         make_run(tmp_path / "teacher", "pretrain"),
-        make_run(tmp_path / "a" / "student"),
-        make_run(tmp_path / "b" / "student", finished=False),
+        make_run(tmp_path / "a" / "student", finished=False),
+        make_run(tmp_path / "b" / "student", evaluated=True),
     ]
-    report = write_report(runs, tmp_path / "out", EVALUATION)
+    report = write_report(runs, tmp_path / "out")
     shown = images(report)
-    assert len(shown) == 1 + 4 + 5 + 5 + 1 and shown[-1] == "compare-distill"
+    assert shown[0] == "3-quality" and shown[-1] == "compare-distillation"
+    assert [sum(name.startswith(f"{number}-") for name in shown) for number in (1, 2, 3)] == [4, 5, 6]
     headings = [line for line in report.read_text().splitlines() if line.startswith("## ")]
-    assert [heading.split("/")[-1] for heading in headings[1:3]] == ["student", "student"]
-    assert headings[1] != headings[2] and headings[3] == "## Distillation runs compared"
+    assert headings == [
+        f"## Evaluation: {runs[2]}",
+        f"## Masked-LM training: {runs[0]}",
+        f"## Distillation: {runs[1]}",
+        f"## Distillation: {runs[2]}",
+        "## Distillation runs compared",
+    ]
 
 
 def test_report_again_over_an_old_one(tmp_path):
@@ -246,58 +285,21 @@ def test_report_again_over_an_old_one(tmp_path):
     assert write_report([run], run).read_text() == first
 
 
-def test_an_evaluation_alone(tmp_path):
-    path = tmp_path / "evaluation.json"
-    path.write_text(json.dumps(EVALUATION))
-    report = write_report([], tmp_path / "out", path)
-    assert images(report) == ["quality"]
-    assert report.read_text().startswith("# Evaluation report\n\nThe student has 67.0 M parameters")
-
-
 def test_bad_input_is_one_line(tmp_path):
-    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty, broken, file = tmp_path / "empty", tmp_path / "broken", tmp_path / "file"
     empty.mkdir()
     broken.mkdir()
     (broken / "config.json").write_text("{")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"):
-        write_report([], tmp_path / "file", EVALUATION)
-    for runs, evaluation, message in (
-        ([], None, "nothing to report on"),
-        ([tmp_path / "none"], None, "does not exist"),
-        ([empty], None, "is not a run directory"),
-        ([broken], None, "is not JSON"),
-        ([], tmp_path / "none.json", "cannot read"),
+    file.write_text("")
+    run = make_run(tmp_path / "run")
+    for runs, out, message in (
+        ([], tmp_path / "out", "no run to report on"),
+        ([tmp_path / "none"], tmp_path / "out", "is no run directory"),
+        ([empty], tmp_path / "out", "is no run directory"),
+        ([broken], tmp_path / "out", "cannot be read as JSON"),
+        ([run], file, "cannot write to"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            write_report(runs, tmp_path / "out", evaluation)
+            write_report(runs, out)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_evaluation_file_that_is_a_list_is_refused(tmp_path):
-    (tmp_path / "evaluation.json").write_text("[]")
-    with pytest.raises(UserError, match="a JSON list, expected an object"):
-        read_evaluation(tmp_path / "evaluation.json")
-
-
-def test_the_kind_of_an_unfinished_run(tmp_path):
-    assert read_run(make_run(tmp_path / "a", "distill", finished=False)).kind == "distill"
-    assert read_run(make_run(tmp_path / "b", "pretrain", finished=False)).kind == "pretrain"
-    (tmp_path / "config.json").write_text('{"teacher": {"path": "bert"}}')
-    assert read_run(tmp_path).kind == "distill"
-
-
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=300))
-def test_smoothing_stays_between_the_extremes(values):
-    smoothed = _smooth(list(enumerate(values)))
-    assert [step for step, _ in smoothed] == list(range(len(values)))
-    assert min(values) - 1e-6 <= min(v for _, v in smoothed)
-    assert max(v for _, v in smoothed) <= max(values) + 1e-6
-
-
-def test_smoothing_keeps_a_line():
-    values = [3.0 * step for step in range(400)]
-    smoothed = [value for _, value in _smooth(list(enumerate(values)))]
-    whole_windows = slice(0, 400 - 400 // 80)
-    assert smoothed[whole_windows] == pytest.approx(values[whole_windows])

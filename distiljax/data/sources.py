@@ -284,7 +284,7 @@ def _decompressed(file: BinaryIO, path: str) -> BinaryIO:
         import lzma
 
         opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[extension]
-        return opener(file, "rb")  # type: ignore[operator, return-value]
+        return opener(file, "rb")  # type: ignore[operator]
     return file
 
 

@@ -11,24 +11,24 @@ from distiljax.data.config import default_data_config
 def shared_config() -> ConfigDict:
     """What `distill_config` and `pretrain_config` have in common, at the values of the original recipe.
 
-      batch_size                          rows in the effective (global) batch of one optimiser step
-      micro_batch_size                    rows a device computes at once; 0 = all of its share
-      epochs, steps                       length of the run; `steps` wins where it is not 0
-      masking.rate, mask, random          share of tokens predicted; of these shown as [MASK], as a random token
-      masking.smoothing                   exponent s of the masking weights count^-s: 0.7 in the original distillation
-                                          script, which predicts rare tokens more; 0, all tokens alike, in BERT
-      optimizer.*                         AdamW: peak_lr, linear warm-up over warmup_fraction of the steps and linear
-                                          decay to 0, b1, b2, eps, weight_decay (not on biases, LayerNorm), clip_norm
-      dtype                               compute dtype, bfloat16 or float32; parameters are float32
-      parallel.mode                       jit or pmap
-      tokenizer                           hub name or directory; the model's own by default
-      data_dir                            where the prepared rows are, or will be; the run directory's data/ by default
-      log_every                           steps between records in metrics.jsonl and TensorBoard
-      eval.every, rows, batch_size        steps between validations (0 = only at the end), rows used (0 = all), rows
-                                          at once (0 = a micro-batch a device)
-      eval.smoothing                      masking.smoothing of held-out text; 0 makes accuracies compare with BERT's
-      checkpoint.every, keep              steps between checkpoints, how many of the last to keep
-      seed                                of masks, dropout, the order of rows and fresh weights
+    batch_size                          rows in the effective (global) batch of one optimiser step
+    micro_batch_size                    rows a device computes at once; 0 = all of its share
+    epochs, steps                       length of the run; `steps` wins where it is not 0
+    masking.rate, mask, random          share of tokens predicted; of these shown as [MASK], as a random token
+    masking.smoothing                   exponent s of the masking weights count^-s: 0.7 in the original distillation
+                                        script, which predicts rare tokens more; 0, all tokens alike, in BERT
+    optimizer.*                         AdamW: peak_lr, linear warm-up over warmup_fraction of the steps and linear
+                                        decay to 0, b1, b2, eps, weight_decay (not on biases, LayerNorm), clip_norm
+    dtype                               compute dtype, bfloat16 or float32; parameters are float32
+    parallel.mode                       jit or pmap
+    tokenizer                           hub name or directory; the model's own by default
+    data_dir                            where the prepared rows are, or will be; the run directory's data/ by default
+    log_every                           steps between records in metrics.jsonl and TensorBoard
+    eval.every, rows, batch_size        steps between validations (0 = only at the end), rows used (0 = all), rows
+                                        at once (0 = a micro-batch a device)
+    eval.smoothing                      masking.smoothing of held-out text; 0 makes accuracies compare with BERT's
+    checkpoint.every, keep              steps between checkpoints, how many of the last to keep
+    seed                                of masks, dropout, the order of rows and fresh weights
     """
     config = ConfigDict()
     config.seed = 0
@@ -76,16 +76,16 @@ def shared_config() -> ConfigDict:
 def distill_config() -> ConfigDict:
     """The config of `distiljax distill` with every key at its default, the recipe of Sanh et al. 2019.
 
-      teacher                             hub name, Hugging Face directory or run directory of a masked LM
-      teacher_dtype                       compute dtype of the teacher; the run's `dtype` by default
-      student.layers                      how many (0 = half of the teacher's), or a tuple of teacher layers to copy
-      student.initialise                  teacher (copied layers) or random
-      student.token_types                 fold type 0 into the positions, drop it as the original does, or keep the table
-      student.hidden_size, num_heads, intermediate_size    0 = the teacher's
-      student.hidden_dropout, attention_dropout            drop rates while training
-      loss.ce, mlm, cos, mse              weights of the loss terms; 0 leaves a term out
-      loss.temperature                    T of the soft targets
-      loss.ce_positions                   all (non-padding) or masked
+    teacher                             hub name, Hugging Face directory or run directory of a masked LM
+    teacher_dtype                       compute dtype of the teacher; the run's `dtype` by default
+    student.layers                      how many (0 = half of the teacher's), or a tuple of teacher layers to copy
+    student.initialise                  teacher (copied layers) or random
+    student.token_types                 fold type 0 into the positions, drop it as the original does, or keep the table
+    student.hidden_size, num_heads, intermediate_size    0 = the teacher's
+    student.hidden_dropout, attention_dropout            drop rates while training
+    loss.ce, mlm, cos, mse              weights of the loss terms; 0 leaves a term out
+    loss.temperature                    T of the soft targets
+    loss.ce_positions                   all (non-padding) or masked
     """
     config = ConfigDict()
     config.teacher = "bert-base-uncased"
@@ -115,9 +115,9 @@ def distill_config() -> ConfigDict:
 def pretrain_config() -> ConfigDict:
     """The config of `distiljax pretrain` (masked-language-model training) with every key at its default.
 
-      model                               hub name, Hugging Face directory or run directory to start from; a missing
-                                          masked-LM head is added
-      hidden_dropout, attention_dropout   drop rates while training
+    model                               hub name, Hugging Face directory or run directory to start from; a missing
+                                        masked-LM head is added
+    hidden_dropout, attention_dropout   drop rates while training
     """
     config = ConfigDict()
     config.model = "bert-base-uncased"

@@ -6,15 +6,15 @@ does not depend on how a batch is split.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 Array = jax.Array
 
 
-class Term(NamedTuple):
+@struct.dataclass
+class Term:
     """A loss or metric summed over positions, and how many positions there were (both float32 scalars)."""
 
     sum: Array
@@ -26,7 +26,9 @@ def _over_positions(values: Array, weights: Array) -> Term:
     return Term(jnp.where(weights > 0, values * weights, 0.0).sum(), weights.sum())
 
 
-def soft_target_loss(student_logits: Array, teacher_logits: Array, weights: Array, temperature: float) -> Term:
+def soft_target_loss(
+    student_logits: Array, teacher_logits: Array, weights: Array, temperature: float
+) -> Term:
     """L_ce: T² · KL(softmax(t/T) ‖ softmax(s/T)), summed over the vocabulary (Hinton et al. 2015, section 2).
 
     Args:
@@ -75,7 +77,9 @@ def logit_mse_loss(student_logits: Array, teacher_logits: Array, weights: Array)
       student_logits, teacher_logits: [..., V]; no gradient flows to the teacher's.
       weights: [...], 1 where a position counts, else 0.
     """
-    difference = student_logits.astype(jnp.float32) - jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+    difference = student_logits.astype(jnp.float32) - jax.lax.stop_gradient(teacher_logits).astype(
+        jnp.float32
+    )
     return _over_positions(jnp.square(difference).sum(-1), weights)
 
 

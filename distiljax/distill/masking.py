@@ -121,5 +121,7 @@ def mask_tokens(keys: Array, batch: dict[str, Array], weights: Array, masking: M
         masked = tokens.at[positions].set(jnp.where(is_masked, shown, labels))
         return masked, positions, labels, is_masked.astype(jnp.float32)
 
-    input_ids, positions, labels, is_masked = jax.vmap(mask_row)(keys, batch["input_ids"], batch["segment_ids"])
+    input_ids, positions, labels, is_masked = jax.vmap(mask_row)(
+        keys, batch["input_ids"], batch["segment_ids"]
+    )
     return MaskedRows(input_ids, batch["segment_ids"], batch["positions"], positions, labels, is_masked)

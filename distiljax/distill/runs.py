@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import logging
 from ml_collections import ConfigDict
 
 from distiljax.data import Metadata, RowLoader, eval_batches, prepare
@@ -164,11 +164,11 @@ def _run(
         path,
         kind=kind,
         head="masked_lm",
-        encoder=models.student.config,
+        encoder=dataclasses.asdict(models.student.config),
         source=config.get("teacher") or config.get("model"),
     )
     train_rows, held_out = prepare_corpus(config, path, tokenizer)
-    loader = RowLoader(train_rows, config.batch_size, config.seed)
+    RowLoader(train_rows, config.batch_size, config.seed)  # refuses a corpus of less than one batch
     metadata = Metadata.load(train_rows)
     if config.steps < 0 or (not config.steps and config.epochs <= 0):
         raise UserError(f"steps is {config.steps} and epochs {config.epochs}; expected one of them above 0")
@@ -221,9 +221,7 @@ class Evaluator:
     (0 = all) gives the means by name; `terms` gives the sums and counts behind them.
     """
 
-    def __init__(
-        self, models: Models, recipe: Recipe, masking: Masking, parallel: Parallel, batch_size: int
-    ):
+    def __init__(self, models: Models, recipe: Recipe, masking: Masking, parallel: Parallel, batch_size: int):
         self._recipe, self._parallel = recipe, parallel
         self._batch_size = -(-batch_size // parallel.devices) * parallel.devices
         self._step = parallel.wrap(make_eval_step(models, recipe, masking, seed=EVAL_SEED))
@@ -243,7 +241,9 @@ class Evaluator:
         return {name: float(value) for name, value in term_means(self._recipe, terms).items()}
 
 
-def _limit(batches: Iterable[dict[str, np.ndarray]], rows: int, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
+def _limit(
+    batches: Iterable[dict[str, np.ndarray]], rows: int, batch_size: int
+) -> Iterable[dict[str, np.ndarray]]:
     for i, batch in enumerate(batches):
         left = rows - i * batch_size if rows else batch_size
         if left <= 0:

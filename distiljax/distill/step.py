@@ -82,7 +82,12 @@ class Models:
 
 
 def distillation_terms(
-    models: Models, recipe: Recipe, params: Params, teacher_params: Params, rows: MaskedRows, dropout_keys: Array | None
+    models: Models,
+    recipe: Recipe,
+    params: Params,
+    teacher_params: Params,
+    rows: MaskedRows,
+    dropout_keys: Array | None,
 ) -> dict[str, Term]:
     """Every loss term and metric over some masked rows.
 
@@ -95,7 +100,7 @@ def distillation_terms(
 
     def run(module: MaskedLM, params: Params, keys: Array | None) -> tuple[Array, Callable[[Array], Array]]:
         variables = {"params": params}
-        hidden = module.apply(
+        hidden: Any = module.apply(
             variables,
             rows.input_ids,
             positions=rows.positions,
@@ -103,7 +108,11 @@ def distillation_terms(
             dropout_keys=keys,
             method="encode",
         )
-        return hidden, lambda h: module.apply(variables, h, method="decode")
+
+        def decode(hidden: Array) -> Any:
+            return module.apply(variables, hidden, method="decode")
+
+        return hidden, decode
 
     student_hidden, student_decode = run(models.student, params, dropout_keys)
     student_masked = student_decode(gather(student_hidden))  # [B, K, V]
@@ -172,7 +181,9 @@ def make_train_step(
     """
     weights = recipe.weighted()
 
-    def step(state: TrainState, frozen: Params, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, frozen: Params, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
         b = batch["input_ids"].shape[0]
         keys = example_keys(seed, state.step, lax.axis_index(AXIS) * b, b)
         masking_keys, dropout_keys = split_keys(keys)
@@ -230,7 +241,9 @@ def make_eval_step(
 def term_means(recipe: Recipe, terms: dict[str, Term]) -> dict[str, Array]:
     """The named means of summed terms: `loss`, `loss_ce`, `loss_mlm`, …, `mlm_accuracy`, `teacher_agreement`."""
     means = {name: term.sum / jnp.maximum(term.count, 1.0) for name, term in terms.items()}
-    metrics = {"loss": sum(weight * means[name] for name, weight in recipe.weighted().items())}
+    metrics = {
+        "loss": jnp.sum(jnp.stack([weight * means[name] for name, weight in recipe.weighted().items()]))
+    }
     for name, mean in means.items():
         metrics[name if name in ("mlm_accuracy", "teacher_agreement") else f"loss_{name}"] = mean
     return metrics

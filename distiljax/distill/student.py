@@ -36,7 +36,9 @@ def layer_choice(teacher_layers: int, layers: int | Sequence[int] | None = None)
     chosen = tuple(int(i) for i in layers)
     outside = [i for i in chosen if not 0 <= i < teacher_layers]
     if not chosen or outside:
-        raise UserError(f"student layers {chosen}; expected indices from 0 to {teacher_layers - 1} of the teacher")
+        raise UserError(
+            f"student layers {chosen}; expected indices from 0 to {teacher_layers - 1} of the teacher"
+        )
     return chosen
 
 
@@ -123,10 +125,11 @@ def _teacher_view(params: Params, chosen: Sequence[int], fold: bool) -> Params:
 
 def _copy_agreeing(fresh: Params, source: Params) -> Params:
     flat_source = traverse_util.flatten_dict(source)
-    return traverse_util.unflatten_dict({
-        path: np.array(flat_source[path], np.float32)
-        if path in flat_source and flat_source[path].shape == value.shape
-        else value
-        for path, value in traverse_util.flatten_dict(fresh).items()
-    })
-
+    return traverse_util.unflatten_dict(
+        {
+            path: np.array(flat_source[path], np.float32)
+            if path in flat_source and flat_source[path].shape == value.shape
+            else value
+            for path, value in traverse_util.flatten_dict(fresh).items()
+        }
+    )

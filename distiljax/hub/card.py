@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -62,8 +62,9 @@ It is meant to be fine-tuned on a task such as classification, tagging or questi
 
 _LIMITATIONS = """## Limitations
 
-The model learnt from the text (and the teacher) named above and repeats their errors and biases; figures on one
-corpus do not carry over to other text. It fills in words; it does not check facts and is not made to write text."""
+The model learnt from the text (and the teacher) named above and repeats their errors and biases; figures on
+one corpus do not carry over to other text. It fills in words; it does not check facts and is not made to
+write text."""
 
 
 def _front_matter(facts: Mapping[str, Any], source: Any, *, distilled: bool) -> str:
@@ -199,7 +200,7 @@ def _kept(reference: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     return f"The {_last(model['name'])} keeps {share:.1f} % of the {_last(reference['name'])}'s accuracy."
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 

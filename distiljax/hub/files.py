@@ -73,7 +73,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
     """All weights of a model directory by their Hugging Face names, in the dtype they are stored in.
 
-    model.safetensors goes before pytorch_model.bin, which is read with `torch.load(weights_only=True)`; either
+    model.safetensors goes before pytorch_model.bin, which is read with `torch.load(weights_only=True)`. Both
     may be in shards with an index.
 
     Raises:

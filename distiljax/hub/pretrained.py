@@ -95,10 +95,11 @@ def save_pretrained(
     """Write a model as a directory that transformers loads.
 
     It holds config.json, model.safetensors, the tokenizer's files and README.md. A shape without token types,
-    without pooler and with LayerNorm epsilon 1e-12 goes out as DistilBERT, any other as BERT; `from_pretrained`
-    gives the parameters back bit for bit. What the two architectures cannot say is lost: BERT always has token
-    types, so a shape without them gets one row of zeros; the pooler of a `MaskedLM`, which does not use it, is
-    left out; DistilBERT never drops the attention sub-layer's output; BERT's positions are all learned.
+    without pooler and with LayerNorm epsilon 1e-12 goes out as DistilBERT, any other as BERT;
+    `from_pretrained` gives the parameters back bit for bit. What the two architectures cannot say is lost:
+    BERT always has token types, so a shape without them gets one row of zeros; the pooler of a `MaskedLM`,
+    which does not use it, is left out; DistilBERT never drops the attention sub-layer's output; BERT's
+    positions are all learned.
 
     Args:
       module, params: the model; parameters are written as float32.
@@ -108,8 +109,8 @@ def save_pretrained(
       overwrite: replace the model that stands there.
 
     Raises:
-      UserError: a directory that is not empty, parameters that are not the module's, a tokenizer that does not
-        fit, or no permission to write.
+      UserError: a directory that is not empty, parameters that are not the module's, a tokenizer that does
+        not fit, or no permission to write.
     """
     masked_lm = isinstance(module, MaskedLM)
     _check_params(module, params)
@@ -168,7 +169,8 @@ def _check_params(module: MaskedLM | Encoder, params: Params) -> None:
     for path, array in given.items():
         if tuple(np.shape(array)) != wanted[path].shape:
             raise UserError(
-                f"the parameter {path!r} has shape {list(np.shape(array))}; expected {list(wanted[path].shape)}"
+                f"the parameter {path!r} has shape {list(np.shape(array))}; "
+                f"expected {list(wanted[path].shape)}"
             )
 
 

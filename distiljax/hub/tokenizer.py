@@ -19,8 +19,8 @@ _SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
     "unk_token": "[UNK]",
 }
-# What transformers notes about where a tokenizer was loaded from, and about the truncation and padding that it
-# happened to be saved with.
+# What transformers notes about where a tokenizer was loaded from, and about the truncation and padding that
+# it happened to be saved with.
 _PASSING_KEYS = (
     *("is_local", "local_files_only", "name_or_path"),
     *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"),
@@ -114,9 +114,10 @@ def _load(directory: Path) -> Any:
     import transformers
 
     if not (directory / "tokenizer.json").is_file() and not (directory / "tokenizer_config.json").is_file():
-        return transformers.BertTokenizerFast.from_pretrained(
-            directory, do_lower_case=_lower_cased(directory)
-        )
+        # The config stands for the one that may be missing.
+        config = transformers.BertConfig()
+        lower = _lower_cased(directory)
+        return transformers.AutoTokenizer.from_pretrained(directory, config=config, do_lower_case=lower)
     return transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
 
 

@@ -154,7 +154,11 @@ class EncoderConfig:
         if distilbert:
             # transformers' own defaults where the file is silent.
             fields = {"num_layers": 6, **fields}
-            fields |= {"type_vocab_size": 0, "layer_norm_eps": _DISTILBERT_EPS, "drop_attention_output": False}
+            fields |= {
+                "type_vocab_size": 0,
+                "layer_norm_eps": _DISTILBERT_EPS,
+                "drop_attention_output": False,
+            }
             fields["position_kind"] = "sinusoidal" if config.get("sinusoidal_pos_embds") else "learned"
         activation = config.get("activation" if distilbert else "hidden_act", "gelu")
         if activation not in _HF_ACTIVATIONS:

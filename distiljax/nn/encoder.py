@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from distiljax.nn.attention import SelfAttention, visible_keys
 from distiljax.nn.config import EncoderConfig
 from distiljax.nn.linear import Array, Dense, DType, LayerNorm, dropout
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -62,7 +63,7 @@ class Embeddings(nn.Module):
         self.word = table(config.vocab_size)
         if config.position_kind == "sinusoidal":
 
-            def init_positions(key, shape, dtype=jnp.float32):
+            def init_positions(key: Array, shape: tuple[int, int], dtype: DType = jnp.float32) -> Array:
                 return jnp.asarray(sinusoidal_positions(*shape), dtype)
 
             self.position = table(config.max_positions, embedding_init=init_positions)
@@ -174,5 +175,3 @@ class Encoder(nn.Module):
     def word_embedding(self) -> Array:
         """The word-embedding table [V, E] of a bound module, for tied decoders."""
         return self.embeddings.word.embedding
-
-

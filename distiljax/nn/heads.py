@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -59,13 +61,13 @@ class MaskedLM(nn.Module):
         self.encoder = Encoder(self.config, self.dtype)
         self.head = MaskedLMHead(self.config, self.dtype)
 
-    def __call__(self, input_ids: Array, *args, **kwargs) -> MaskedLMOutput:
+    def __call__(self, input_ids: Array, *args: Any, **kwargs: Any) -> MaskedLMOutput:
         out = self.encoder(input_ids, *args, **kwargs)
         return MaskedLMOutput(
             self.decode(out.last_hidden_state), out.last_hidden_state, out.hidden_states, out.pooled
         )
 
-    def encode(self, input_ids: Array, *args, **kwargs) -> Array:
+    def encode(self, input_ids: Array, *args: Any, **kwargs: Any) -> Array:
         """Last hidden states [B, S, E]; the arguments are those of `Encoder.__call__`."""
         return self.encoder(input_ids, *args, **kwargs).last_hidden_state
 

@@ -37,17 +37,23 @@ def einsum(spec: str, a: Array, b: Array, dtype: DType) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _low_precision_einsum(spec: str, dtype: DType, a_dtype: DType, b_dtype: DType, a: Array, b: Array) -> Array:
+def _low_precision_einsum(
+    spec: str, dtype: DType, a_dtype: DType, b_dtype: DType, a: Array, b: Array
+) -> Array:
     del a_dtype, b_dtype
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _forward(spec, dtype, a_dtype, b_dtype, a, b):
+def _forward(
+    spec: str, dtype: DType, a_dtype: DType, b_dtype: DType, a: Array, b: Array
+) -> tuple[Array, tuple[Array, Array]]:
     a, b = a.astype(dtype), b.astype(dtype)
     return _low_precision_einsum(spec, dtype, a_dtype, b_dtype, a, b), (a, b)
 
 
-def _backward(spec, dtype, a_dtype, b_dtype, residuals, gradient):
+def _backward(
+    spec: str, dtype: DType, a_dtype: DType, b_dtype: DType, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     a, b = residuals
     operands, out = spec.split("->")
     of_a, of_b = operands.split(",")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import statistics
@@ -14,12 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import logging
 from ml_collections import ConfigDict
 
 from distiljax.data import Metadata
 from distiljax.distill.masking import Masking, masking_weights
-from distiljax.distill.runs import DTYPES, EVAL_SEED, Evaluator, count_parameters, full_counts, prepare_corpus, run_student
+from distiljax.distill.runs import (
+    DTYPES,
+    EVAL_SEED,
+    Evaluator,
+    count_parameters,
+    full_counts,
+    prepare_corpus,
+    run_student,
+)
 from distiljax.distill.step import Models, Recipe
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary
@@ -83,7 +91,8 @@ def evaluate_models(
     if isinstance(models, Mapping):
         tokenizer = tokenizer or load_tokenizer(next(iter(models.values())))
         candidates = [
-            Candidate(name, str(path), *from_pretrained(path, dtype=DTYPES[dtype])) for name, path in models.items()
+            Candidate(name, str(path), *from_pretrained(path, dtype=DTYPES[dtype]))
+            for name, path in models.items()
         ]
     else:
         candidates = [dataclasses.replace(c, module=c.module.clone(dtype=DTYPES[dtype])) for c in models]
@@ -120,15 +129,17 @@ def evaluate_models(
         masked_tokens = int(terms["mlm"].count)
         accuracy, loss = (float(terms[name].sum / masked_tokens) for name in ("mlm_accuracy", "mlm"))
         parameters = count_parameters(candidate.params)
-        results.append({
-            "name": candidate.name,
-            "path": candidate.path,
-            "parameters": parameters,
-            "bytes": 4 * parameters,
-            "mlm_accuracy": accuracy,
-            "mlm_loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-        })
+        results.append(
+            {
+                "name": candidate.name,
+                "path": candidate.path,
+                "parameters": parameters,
+                "bytes": 4 * parameters,
+                "mlm_accuracy": accuracy,
+                "mlm_loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+            }
+        )
         log.info("%s: masked-LM accuracy %.2f %%", candidate.name, 100 * accuracy)
     if speed:
         for result, figures in zip(results, encoder_speed(candidates, metadata.seq_len), strict=True):
@@ -155,7 +166,10 @@ def encoder_speed(candidates: Sequence[Candidate], seq_len: int) -> list[dict[st
     timings: list[tuple[list[float], list[float]]] = [([], []) for _ in candidates]
     inputs = [jnp.ones((rows, seq_len), jnp.int32) for rows in (1, BATCH_ROWS)]
     runs = [
-        (jax.jit(lambda p, x, m=c.module: m.apply({"params": p}, x, method="encode")), jax.device_put(c.params))
+        (
+            jax.jit(lambda p, x, m=c.module: m.apply({"params": p}, x, method="encode")),
+            jax.device_put(c.params),
+        )
         for c in candidates
     ]
     for run, params in runs:
@@ -190,7 +204,9 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
     """
     path = Path(workdir)
     if not is_run(path):
-        raise UserError(f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run")
+        raise UserError(
+            f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run"
+        )
     stored = read_json(path / CONFIG) or {}
     config = ConfigDict(stored)
     module, params = from_pretrained(path)

@@ -37,7 +37,9 @@ def export(
         raise UserError(f"checkpoint is {checkpoint!r}; expected best or last")
     path = Path(workdir)
     if not is_run(path):
-        raise UserError(f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run")
+        raise UserError(
+            f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run"
+        )
     module, params = from_pretrained(path, checkpoint=checkpoint)
     card = model_card(card_facts(path))
     save_pretrained(module, params, directory, tokenizer=load_tokenizer(path), card=card, overwrite=overwrite)

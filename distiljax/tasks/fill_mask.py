@@ -18,7 +18,13 @@ LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
 def fill_mask(
-    module: MaskedLM, params: Any, tokenizer: Any, texts: Iterable[str], *, top_k: int = 5, batch_size: int = 16
+    module: MaskedLM,
+    params: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    top_k: int = 5,
+    batch_size: int = 16,
 ) -> Iterator[dict[str, Any]]:
     """The likeliest words for every [MASK] of each text, in the order of the texts.
 
@@ -43,9 +49,9 @@ def fill_mask(
 
     @functools.partial(jax.jit, static_argnums=4)
     def run(params: Any, ids: jax.Array, attention_mask: jax.Array, at: jax.Array, k: int) -> tuple:
-        hidden = module.apply({"params": params}, ids, attention_mask=attention_mask, method="encode")
+        hidden: Any = module.apply({"params": params}, ids, attention_mask=attention_mask, method="encode")
         picked = jnp.take_along_axis(hidden, at[..., None], axis=1)  # [B, M, E]
-        logits = module.apply({"params": params}, picked, method="decode")
+        logits: Any = module.apply({"params": params}, picked, method="decode")
         return jax.lax.top_k(jax.nn.softmax(logits[..., : len(tokenizer)]), k)
 
     limit = module.config.max_positions

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 LAST = "checkpoints"
@@ -87,18 +88,14 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
         if which == BEST:
             restored = manager.restore(step, args=ocp.args.Composite(params=_restore_args(template)))
             return restored["params"], step
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore({"params": template}, partial_restore=True)
-            ),
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+        args = ocp.args.PyTreeRestore(
+            {"params": template}, restore_args={"params": on_host}, partial_restore=True
         )
-        return restored["state"]["params"], step
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"], step
 
 
 def _restore_args(template: Any) -> ocp.args.StandardRestore:
-    import numpy as np
-
     return ocp.args.StandardRestore(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template))
 
 

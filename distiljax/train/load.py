@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from distiljax import hub
 from distiljax.errors import UserError
@@ -25,6 +24,24 @@ def is_run(name_or_dir: str | os.PathLike[str]) -> bool:
     return (Path(name_or_dir) / MODEL).is_file()
 
 
+@overload
+def from_pretrained(
+    name_or_dir: str | os.PathLike[str],
+    head: Literal["masked_lm"] = ...,
+    dtype: Any = ...,
+    *,
+    checkpoint: str = ...,
+    **options: Any,
+) -> tuple[MaskedLM, Params]: ...
+@overload
+def from_pretrained(
+    name_or_dir: str | os.PathLike[str],
+    head: None,
+    dtype: Any = ...,
+    *,
+    checkpoint: str = ...,
+    **options: Any,
+) -> tuple[Encoder, Params]: ...
 def from_pretrained(
     name_or_dir: str | os.PathLike[str],
     head: str | None = "masked_lm",
@@ -32,7 +49,7 @@ def from_pretrained(
     *,
     checkpoint: str = "best",
     **options: Any,
-) -> tuple[nn.Module, Params]:
+) -> tuple[MaskedLM | Encoder, Params]:
     """Load a model.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import signal
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import logging
 
 from distiljax.train.checkpoint import Checkpointer
 from distiljax.train.metrics import MetricWriter
@@ -97,7 +97,9 @@ def run_loop(
         state = parallel.replicate(state)
         writer = stack.enter_context(MetricWriter(workdir, outcome.step)) if main else None
         stopping = stack.enter_context(_stop_signals())
-        progress = stack.enter_context(Progress(description, schedule.total_steps, outcome.step, enabled=main))
+        progress = stack.enter_context(
+            Progress(description, schedule.total_steps, outcome.step, enabled=main)
+        )
 
         def validate() -> None:
             metrics = evaluate(state.params)

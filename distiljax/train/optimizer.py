@@ -29,7 +29,9 @@ def decayed(params: Any) -> Any:
     return traverse_util.unflatten_dict({path: path[-1] not in ("bias", "scale") for path in flat})
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    config: ConfigDict, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser and its learning-rate schedule.
 
     Args:

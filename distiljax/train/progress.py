@@ -21,7 +21,11 @@ _SHARES = {"mlm_accuracy": "accuracy", "teacher_agreement": "agreement"}
 
 
 class _Display:
-    """The bar or the plain lines; the subclasses say what they show."""
+    """The bar or the plain lines; the subclasses say what they show.
+
+    While the bar is up rich stands in for sys.stderr and sys.stdout, so that what is written there, log lines
+    too, goes above it.
+    """
 
     def __init__(
         self,
@@ -29,12 +33,11 @@ class _Display:
         total: int | None,
         completed: int,
         enabled: bool,
-        stream: TextIO | None,
         clock: Callable[[], float],
     ) -> None:
         self._description, self._total, self._completed = description, total, completed
         self._enabled, self._clock = enabled, clock
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = sys.stderr
         self._detail, self._left_text = "", ""
         self._began = clock()
         self._anchor: tuple[float, int] | None = None
@@ -42,7 +45,6 @@ class _Display:
         self._unprinted = ""
         self._live: Any = None
         self._spinner: Any = None
-        self._log_stream: Any = None
 
     def __enter__(self) -> Self:
         self._began = self._clock()
@@ -55,15 +57,12 @@ class _Display:
             console = Console(file=self._stream, highlight=False)
             self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
             self._live.start()
-            self._log_stream = _redirect_absl(self._stream)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            if self._log_stream is not None:
-                _absl_handler().setStream(self._log_stream)
             self._live.stop()
             self._live = None
         elif self._unprinted:
@@ -142,10 +141,9 @@ class Progress(_Display):
         start_step: int = 0,
         *,
         enabled: bool = True,
-        stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(description, total_steps, start_step, enabled, stream, clock)
+        super().__init__(description, total_steps, start_step, enabled, clock)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows that `step` steps are done; `values` has the metric names of metrics.jsonl."""
@@ -169,10 +167,9 @@ class CountProgress(_Display):
         *,
         unit: str = "documents",
         enabled: bool = True,
-        stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(description, total, 0, enabled, stream, clock)
+        super().__init__(description, total, 0, enabled, clock)
         self._unit = unit
 
     def update(self, done: int, tokens: int = 0) -> None:
@@ -191,19 +188,16 @@ class CountProgress(_Display):
         return f"{self._completed:,}{of} {self._unit}"
 
 
-def stage(title: str, index: int, total: int, *, enabled: bool = True, stream: TextIO | None = None) -> None:
+def stage(title: str, index: int, total: int) -> None:
     """Prints the heading of one stage of a program on standard error: `[2/6] Adapting the teacher`."""
-    if not enabled:
-        return
-    stream = sys.stderr if stream is None else stream
     heading = f"[{index}/{total}] {title}"
-    if not _is_terminal(stream):
-        print(heading, file=stream, flush=True)
+    if not _is_terminal(sys.stderr):
+        print(heading, file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.text import Text
 
-    Console(file=stream, highlight=False).print(Text(f"\n{heading}", style="bold"))
+    Console(stderr=True, highlight=False).print(Text(f"\n{heading}", style="bold"))
 
 
 def _compact(values: Mapping[str, float]) -> list[str]:
@@ -226,15 +220,3 @@ def _compact(values: Mapping[str, float]) -> list[str]:
 
 def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-
-
-def _absl_handler() -> Any:
-    from absl import logging
-
-    return logging.get_absl_handler().python_handler
-
-
-def _redirect_absl(stream: TextIO) -> Any:
-    """Sends absl's log lines, which keep to the stream they began with (returned), through the bar."""
-    handler = _absl_handler()
-    return handler.setStream(sys.stderr) if handler.stream is stream else None

@@ -1,17 +1,16 @@
 """The run directory: what it holds, who may continue it, and when it is finished.
 
-    config.json    the config of the run
-    model.json     what is trained, for whoever loads the checkpoints
-    tokenizer/     tokenizer files
-    data/          prepared rows
-    checkpoints/   the last states        best/   the best parameters
-    metrics.jsonl  tensorboard/           the log
-    result.json    written when the run is finished
+config.json    the config of the run
+model.json     what is trained, for whoever loads the checkpoints
+tokenizer/     tokenizer files
+data/          prepared rows
+checkpoints/   the last states        best/   the best parameters
+metrics.jsonl  tensorboard/           the log
+result.json    written when the run is finished
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -80,7 +79,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); restore it, or give another directory") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}); restore it, or give another directory"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,11 +92,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_model(workdir: Path, **facts: Any) -> None:
-    """Note what the run trains; dataclasses become objects."""
-    write_json(
-        workdir / MODEL,
-        {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in facts.items()},
-    )
+    """Note what the run trains."""
+    write_json(workdir / MODEL, facts)
 
 
 def machine() -> str:

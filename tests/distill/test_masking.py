@@ -25,7 +25,11 @@ def make_rows(B, S, seed=0, probabilities=None):
         segments[b, cut:end], segments[b, end:] = 2, 0
         ids[b, [0, cut]], ids[b, [cut - 1, end - 1]] = CLS, SEP
         ids[b, end:] = PAD
-    return {"input_ids": jnp.asarray(ids), "segment_ids": jnp.asarray(segments), "positions": jnp.zeros_like(ids)}
+    return {
+        "input_ids": jnp.asarray(ids),
+        "segment_ids": jnp.asarray(segments),
+        "positions": jnp.zeros_like(ids),
+    }
 
 
 def mask(rows, weights, seed=0, masking=MASKING):
@@ -45,7 +49,9 @@ def shown_and_true(out):
 def test_rate_and_split_are_the_recipes():
     rows = make_rows(1024, 128)
     out = mask(rows, UNIFORM)
-    eligible = np.isin(np.asarray(rows["input_ids"]), SPECIAL, invert=True) & (np.asarray(rows["segment_ids"]) > 0)
+    eligible = np.isin(np.asarray(rows["input_ids"]), SPECIAL, invert=True) & (
+        np.asarray(rows["segment_ids"]) > 0
+    )
     n = eligible.sum()
     assert n > 1e5
     # The number of masked tokens in a row varies by less than one around 15 % of its eligible tokens.
@@ -129,7 +135,9 @@ def test_a_row_of_padding_masks_nothing():
     assert not out.input_ids.any()
 
 
-@pytest.mark.parametrize("fields", [{"rate": 0.0}, {"rate": 1.0}, {"mask": 0.9, "random": 0.2}, {"random": -0.1}])
+@pytest.mark.parametrize(
+    "fields", [{"rate": 0.0}, {"rate": 1.0}, {"mask": 0.9, "random": 0.2}, {"random": -0.1}]
+)
 def test_shares_outside_their_range_are_refused(fields):
     with pytest.raises(ValueError, match="expected"):
         Masking(mask_token_id=MASK, vocab_size=V, **fields)

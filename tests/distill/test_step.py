@@ -62,7 +62,9 @@ def optimizer_config():
     return distill_config().optimizer
 
 
-def train(models, mode="jit", devices=1, micro_batches=1, steps=3, recipe=None, peak_lr=None, rows=batch, **student):
+def train(
+    models, mode="jit", devices=1, micro_batches=1, steps=3, recipe=None, peak_lr=None, rows=batch, **student
+):
     teacher, teacher_params = models
     recipe = recipe or Recipe(mse=0.01)
     module, params = student_of(teacher, teacher_params, **student)
@@ -100,7 +102,9 @@ def test_the_update_does_not_depend_on_devices_wrapping_or_micro_batches(
     state, metrics = train(models, mode, devices, micro_batches)
     expected_state, expected_metrics = reference
     assert int(state.step) == 3
-    for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+    for ours, expected in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True
+    ):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
@@ -173,7 +177,9 @@ def test_zero_weight_terms_are_not_computed(models):
     teacher, teacher_params = models
     module, params = student_of(teacher, teacher_params)
     rows = unmasked(batch(0))
-    terms = distillation_terms(Models(module, teacher), Recipe(ce=0, cos=0), params, teacher_params, rows, None)
+    terms = distillation_terms(
+        Models(module, teacher), Recipe(ce=0, cos=0), params, teacher_params, rows, None
+    )
     assert set(terms) == {"mlm", "mlm_accuracy", "teacher_agreement"}
     terms = distillation_terms(Models(module), Recipe(ce=0, cos=0), params, None, rows, None)
     assert set(terms) == {"mlm", "mlm_accuracy"}
@@ -255,7 +261,9 @@ def test_evaluation_masks_are_fixed_and_do_not_depend_on_devices(models):
         for first in range(0, B, size):
             rows = {k: v[first : first + size] for k, v in batch(5).items()}
             totals.append(
-                jax.device_get(step(placed, frozen, parallel.replicate(np.int32(first)), parallel.shard(rows)))
+                jax.device_get(
+                    step(placed, frozen, parallel.replicate(np.int32(first)), parallel.shard(rows))
+                )
             )
         values.append(jax.tree.map(lambda *x: np.sum(x), *totals))
     for other in values[1:]:

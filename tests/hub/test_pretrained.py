@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -270,6 +271,20 @@ def test_nothing_half_written(tmp_path, make_model, overwrite):
         save_pretrained(module, params, tmp_path / "model", tokenizer=BrokenTokenizer(), overwrite=overwrite)
     assert tree_of(tmp_path) == before
     assert os.listdir(tmp_path) == (["model"] if overwrite else [])
+
+
+def test_the_old_model_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, make_model, monkeypatch):
+    module, params = make_model()
+    save_pretrained(module, params, tmp_path / "model")
+    before = tree_of(tmp_path)
+
+    def fail(self, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UserError, match="Input/output error"):
+        save_pretrained(*make_model(seed=1), tmp_path / "model", overwrite=True)
+    assert tree_of(tmp_path) == before and os.listdir(tmp_path) == ["model"]
 
 
 def test_parameters_of_another_module(tmp_path, make_model):

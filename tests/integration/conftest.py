@@ -42,7 +42,13 @@ def tokenizer(corpus):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -81,7 +87,11 @@ def flags(corpus):
     """Config flags of a run of a few seconds; keyword arguments with dots as `__` change them."""
 
     def make(**changes):
-        settings = {**SMALL, "data.source": str(corpus), **{k.replace("__", "."): v for k, v in changes.items()}}
+        settings = {
+            **SMALL,
+            "data.source": str(corpus),
+            **{k.replace("__", "."): v for k, v in changes.items()},
+        }
         return [f"--config.{key}={value}" for key, value in settings.items()]
 
     return make

@@ -15,7 +15,9 @@ def refused(capsys):
 
     def run(*arguments):
         status = main([str(a) for a in arguments])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distiljax: error: ")]
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("distiljax: error: ")
+        ]
         assert status == 2
         assert len(lines) == 1
         return lines[0]
@@ -114,7 +116,9 @@ def test_an_unknown_config_key(refused, tmp_path, flags):
     message = refused("distill", "--config.loss.tempreature=3", f"--workdir={tmp_path / 'run'}")
     assert "loss.tempreature" in message and "loss.temperature" in message
     config = tmp_path / "config.py"
-    config.write_text("import distiljax\ndef get_config():\n    c = distiljax.distill_config()\n    c.btch = 1\n    return c\n")
+    config.write_text(
+        "import distiljax\ndef get_config():\n    c = distiljax.distill_config()\n    c.btch = 1\n    return c\n"
+    )
     message = refused("distill", f"--config={config}", f"--workdir={tmp_path / 'run'}")
     assert "btch" in message and str(config) in message
     assert not (tmp_path / "run").exists()

@@ -28,10 +28,14 @@ def test_a_distillation_leaves_a_whole_run_directory(distilled):
 
 
 def test_a_finished_run_is_not_touched_again(distilled, teacher, flags, capsys):
-    before = {p: p.stat().st_mtime_ns for p in distilled.rglob("*") if p.is_file() and p.name != "config.json"}
+    before = {
+        p: p.stat().st_mtime_ns for p in distilled.rglob("*") if p.is_file() and p.name != "config.json"
+    }
     assert main(["distill", f"--config.teacher={teacher}", *flags(), f"--workdir={distilled}"]) == 0
     assert "finished at step 8" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in distilled.rglob("*") if p.is_file() and p.name != "config.json"}
+    assert before == {
+        p: p.stat().st_mtime_ns for p in distilled.rglob("*") if p.is_file() and p.name != "config.json"
+    }
 
 
 def test_pretrain_adds_a_head_and_its_run_serves_as_a_teacher(tmp_path, teacher, tokenizer, flags):
@@ -87,7 +91,9 @@ def test_export_is_what_transformers_loads_and_comes_back_bit_for_bit(tmp_path, 
     )
 
 
-def test_evaluate_compares_teacher_student_and_its_start_on_the_same_masks(distilled, teacher, tmp_path, capsys):
+def test_evaluate_compares_teacher_student_and_its_start_on_the_same_masks(
+    distilled, teacher, tmp_path, capsys
+):
     assert main(["evaluate", f"--workdir={distilled}", "--rows=32", "--json"]) == 0
     evaluation = json.loads(capsys.readouterr().out)
     assert evaluation == json.loads((distilled / "evaluation.json").read_text())

@@ -21,9 +21,15 @@ def wait_for_step(workdir, step, process, seconds=120):
             if any(r["split"] == "train" and r["step"] >= step for r in map(json.loads, lines)):
                 return
         if process.poll() is not None:
-            pytest.fail(f"ended early with {process.returncode}: {process.stderr.read()}")
+            pytest.fail(f"ended early: {finish(process)}")
         time.sleep(0.02)
     pytest.fail(f"step {step} was not reached in {seconds} s")
+
+
+def finish(process):
+    """The exit status and what was said on standard error."""
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
 
 
 def final_params(workdir):
@@ -34,28 +40,27 @@ def final_params(workdir):
 def test_a_killed_and_a_terminated_run_end_bit_identical_to_an_unbroken_one(tmp_path, teacher, flags, start):
     command = ["distill", f"--config.teacher={teacher}"]
     # Steps long enough for the signals to fall where they are meant to.
-    command += flags(steps=40, log_every=1, eval__every=15, checkpoint__every=6, batch_size=64, micro_batch_size=8)
+    command += flags(
+        steps=40, log_every=1, eval__every=15, checkpoint__every=6, batch_size=64, micro_batch_size=8
+    )
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
 
-    process = start(*command, f"--workdir={unbroken}")
-    assert process.wait(300) == 0, process.stderr.read()
+    assert finish(start(*command, f"--workdir={unbroken}"))[0] == 0
 
     process = start(*command, f"--workdir={broken}")
     wait_for_step(broken, 20, process)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+    assert finish(process)[0] == -signal.SIGKILL
     assert not (broken / "result.json").exists()
 
     process = start(*command, f"--workdir={broken}")
     wait_for_step(broken, 30, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "the same command goes on" in errors
+    status, errors = finish(process)
+    assert status == 0 and "the same command goes on" in errors
     assert not (broken / "result.json").exists()
 
-    process = start(*command, f"--workdir={broken}")
-    assert process.wait(300) == 0, process.stderr.read()
+    assert finish(start(*command, f"--workdir={broken}"))[0] == 0
 
     expected, ours = final_params(unbroken), final_params(broken)
     for path, value in expected.items():
@@ -66,6 +71,9 @@ def test_a_killed_and_a_terminated_run_end_bit_identical_to_an_unbroken_one(tmp_
     assert results[0]["best"] == results[1]["best"]
     assert results[0]["tokens"] == results[1]["tokens"]
     # Every step is in the log once, with the same losses.
-    logs = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (unbroken, broken)]
+    logs = [
+        list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
+        for path in (unbroken, broken)
+    ]
     losses = [[(r["step"], r["split"], r["loss"]) for r in log] for log in logs]
     assert losses[0] == losses[1]
