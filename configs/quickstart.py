@@ -4,7 +4,12 @@ Command:  make quickstart, or one after the other
             distiljax pretrain --config=configs/quickstart.py:teacher --workdir=runs/quickstart/teacher
             distiljax distill --config=configs/quickstart.py --workdir=runs/quickstart/student
 Hardware: 2 CPU cores, 4 GiB.
-Time:     see BENCHMARKS.md.
+Time:     about 3 minutes each; see BENCHMARKS.md.
+Result:   the student names more than 90 % as many masked words as its teacher; see BENCHMARKS.md.
+
+Where it differs from the recipe of configs/distilbert_base.py, it is for the little that a laptop sees in minutes:
+L_ce at masked positions only (the step takes less than half the time), masks that do not favour rare words, no dropout,
+small batches, a higher learning rate.
 """
 
 import importlib.util
@@ -27,17 +32,19 @@ def get_config(stage: str = "student") -> ConfigDict:
     if stage == "teacher":
         config = distiljax.pretrain_config()
         config.model = _packaged_teacher()
-        config.steps = 300
-        config.optimizer.peak_lr = 3e-4
+        config.steps = 200
+        config.optimizer.peak_lr = 6e-4
         config.hidden_dropout = 0.0
         config.attention_dropout = 0.0
     else:
         config = distiljax.distill_config()
         config.teacher = "runs/quickstart/teacher"
-        config.steps = 300
-        config.optimizer.peak_lr = 5e-4
+        config.steps = 130
+        config.optimizer.peak_lr = 1e-3
         config.student.hidden_dropout = 0.0
         config.student.attention_dropout = 0.0
+        config.loss.ce_positions = "masked"
+        config.masking.smoothing = 0.0
 
     config.data.source = "docstrings"
     config.data.seq_len = 128
@@ -45,8 +52,8 @@ def get_config(stage: str = "student") -> ConfigDict:
     config.batch_size = 32
     config.micro_batch_size = 16
     config.log_every = 5
-    config.eval.every = 50
-    config.eval.rows = 128
-    config.checkpoint.every = 100
+    config.eval.every = 40
+    config.eval.rows = 256
+    config.checkpoint.every = 40
     config.checkpoint.keep = 1
     return config

@@ -277,7 +277,7 @@ def _decompressed(file: BinaryIO, path: str) -> BinaryIO:
 
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))  # type: ignore[arg-type]
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
     if extension in COMPRESSIONS:
         import bz2
         import gzip
