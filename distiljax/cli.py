@@ -93,7 +93,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Flags, li
     values = Flags()
     command.define(values)
     if command.config is not None:
-        _define_config(name, _config_function(command.config), values, arguments)
+        arguments = _define_config(name, _config_function(command.config), values, arguments)
     try:
         rest = values([f"distiljax {name}", *arguments])[1:]
     except flags.Error as error:
@@ -103,14 +103,17 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Flags, li
     return values, rest
 
 
-def _define_config(name: str, default: Callable[[], ConfigDict], values: Flags, arguments: list[str]) -> None:
-    """Define --config and --config.KEY, and refuse keys that the config lacks before anything is run."""
+def _define_config(
+    name: str, default: Callable[[], ConfigDict], values: Flags, arguments: list[str]
+) -> list[str]:
+    """Load --config, define --config.KEY for each of its keys, and give the arguments that are left to parse.
+
+    Raises:
+      UserError: no such file, or a key that the command does not know or the file lacks.
+    """
     from ml_collections import ConfigDict, config_flags
 
-    sys_argv = [f"distiljax {name}", *arguments]
-    path = next((m[1] for m in map(re.compile(r"--?config=(.*)", re.S).fullmatch, arguments) if m), None)
-    if path is None and "--config" in arguments[:-1]:
-        path = arguments[arguments.index("--config") + 1]
+    path, arguments = _take_config(arguments)
     config = default() if path is None else _load_config(path)
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -124,7 +127,7 @@ def _define_config(name: str, default: Callable[[], ConfigDict], values: Flags, 
                 "remove it, or check the spelling"
             )
     for missing in sorted(known - set(_keys(config))):
-        raise UserError(f"config {path} lacks {missing!r}; start it from distiljax.{name}_config()")
+        raise UserError(f"config {path} lacks {missing!r}; start it from distiljax.{default.__name__}()")
     for argument in arguments:
         override = re.match(r"--?config\.([^=]+)", argument)
         if (
@@ -132,11 +135,26 @@ def _define_config(name: str, default: Callable[[], ConfigDict], values: Flags, 
             and override[1] not in known
             and not any(key.startswith(override[1] + ".") for key in known)
         ):
-            raise UserError(f"unknown config key {override[1]!r}{_suggestion(override[1], known)}")
-    if path is None:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=sys_argv)
-    else:
-        config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=sys_argv)
+            raise UserError(
+                f"unknown config key {override[1]!r}{_suggestion(override[1], known)}; see `distiljax {name} --help`"
+            )
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=[f"distiljax {name}", *arguments]
+    )
+    return arguments
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --config (the last one counts), and the other arguments."""
+    path, rest = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        match = re.fullmatch(r"--?config(?:=(.*))?", argument, re.S)
+        if match is None:
+            rest.append(argument)
+            continue
+        path = match[1] if match[1] is not None else next(remaining, "")
+    return path, rest
 
 
 def _load_config(path: str) -> Any:

@@ -21,13 +21,11 @@ from distiljax.train.format import (
     human_seconds,
 )
 from distiljax.train.metrics import read_metrics
-from distiljax.train.run import CONFIG, RESULT, read_json
+from distiljax.train.run import CONFIG, EVALUATION, RESULT, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
-
-EVALUATION = "evaluation.json"
 
 
 # --- the table of models ---
@@ -84,7 +82,12 @@ def print_retention_table(evaluation: Mapping[str, Any], console: Console | None
     columns, cells = _retention_cells(evaluation)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column == "Model" else "right", vertical="middle")
+        # Headings break where they may, so that the table fits 80 columns with the names whole.
+        heading = (
+            column.replace("Parameters", "Params").replace(" (", "\n(").replace(" accuracy", "\naccuracy")
+        )
+        first = column == columns[0]
+        table.add_column(heading, justify="left" if first else "right", vertical="bottom", no_wrap=True)
     for row in cells:
         table.add_row(*map(Text, row))
     (console or Console()).print(table)

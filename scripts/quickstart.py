@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/quickstart")
 STAGES = 5
 EXAMPLES = (
-    "Return the [MASK] of the list.",
-    "Raise an [MASK] if the file does not exist.",
-    "The capital of France is [MASK].",
+    "Return a [MASK] of all files in the directory.",
+    "If the file does not [MASK], an error is raised.",
+    "The default [MASK] is None.",
 )
 
 
@@ -64,7 +64,7 @@ def main() -> int:
     tokenizer = distiljax.load_tokenizer(exported)
     for result in distiljax.fill_mask(module, params, tokenizer, EXAMPLES, top_k=3):
         words = ", ".join(f"{choice['token']} ({choice['score']:.2f})" for choice in result["masks"][0])
-        print(f"  {result['text']:<46} {words}")
+        print(f"  {result['text']:<50} {words}")
     print()
     print(f"Student for Hugging Face:  {exported}")
     print(f"Report with plots:         {report}")

@@ -34,11 +34,10 @@ from distiljax.hub import check_vocabulary
 from distiljax.nn import MaskedLM
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
 from distiljax.train.parallel import Parallel
-from distiljax.train.run import CONFIG, machine, read_json, write_json
+from distiljax.train.run import CONFIG, EVALUATION, machine, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-EVALUATION = "evaluation.json"
 BATCH_ROWS = 32
 SPEED_SECONDS = 1.0
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from distiljax.errors import UserError
 from distiljax.hub import model_card, save_pretrained
-from distiljax.tasks.evaluate import EVALUATION
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
-from distiljax.train.run import CONFIG, RESULT, read_json
+from distiljax.train.run import CONFIG, EVALUATION, RESULT, read_json
 
 
 def export(

@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 
 from distiljax.errors import UserError
 
-CONFIG, MODEL, RESULT, TOKENIZER = "config.json", "model.json", "result.json", "tokenizer"
+CONFIG, MODEL, RESULT, EVALUATION = "config.json", "model.json", "result.json", "evaluation.json"
+TOKENIZER = "tokenizer"
 
 # Settings that do not change what a run computes: it may go on with others.
 FREE = ("data_dir", "parallel", "micro_batch_size", "checkpoint", "log_every", "eval.batch_size")
