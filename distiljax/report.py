@@ -80,12 +80,11 @@ def print_retention_table(evaluation: Mapping[str, Any], console: Console | None
     from rich.text import Text
 
     columns, cells = _retention_cells(evaluation)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         # Headings break where they may, so that the table fits 80 columns with the names whole.
-        heading = (
-            column.replace("Parameters", "Params").replace(" (", "\n(").replace(" accuracy", "\naccuracy")
-        )
+        heading = column.replace("Parameters", "Params").replace("Masked-LM ", "Masked-LM\n")
+        heading = heading.replace(" (", "\n(").replace("Share ", "Share\n")
         first = column == columns[0]
         table.add_column(heading, justify="left" if first else "right", vertical="bottom", no_wrap=True)
     for row in cells:

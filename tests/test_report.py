@@ -141,18 +141,18 @@ def test_a_reference_without_a_usable_accuracy_gives_no_share(accuracy):
     assert retention_table({"models": models})[1].share_kept is None
 
 
-def test_the_terminal_table():
-    console = Console(width=100, record=True, file=None, quiet=False)
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_terminal_table(width):
+    console = Console(width=width)
     with console.capture() as capture:
         print_retention_table(EVALUATION, console)
     text = capture.get()
-    header, student = (
-        next(line for line in text.splitlines() if start in line) for start in ("Share", " student ")
-    )
-    assert header.split("  ")[0].strip() == "Model"
-    for column in ("Parameters", "Size", "Speed (× teacher)", "Masked-LM accuracy", "Share kept"):
-        assert column in header
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    header, student = text.split("─")[0], next(line for line in text.splitlines() if " student  " in line)
+    for word in ("Model", "Params", "Size", "Speed", "(× teacher)", "Masked-LM", "accuracy", "Share", "kept"):
+        assert word in header
     assert student.split() == ["student", "67.0", "M", "268", "MB", "1.90", "×", "57.0", "%", "95.0", "%"]
+    assert "student before distillation" in text
 
 
 def test_the_markdown_table():
