@@ -15,12 +15,13 @@ help:
 	@echo "make format       let ruff rewrite the code"
 	@echo "make clean        remove $(VENV) and runs/quickstart"
 
-$(BIN)/python:
+# pip is what `venv` writes last: a virtual environment that was cut short is made again.
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is `$(PYTHON) --version`; distiljax needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml
+$(VENV)/.installed: $(BIN)/pip pyproject.toml
 	@echo "installing distiljax into $(VENV)"
 	$(PIP) --editable .
 	$(PIP) --no-deps $(TEACHER)

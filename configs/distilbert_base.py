@@ -1,7 +1,7 @@
 """DistilBERT-base from bert-base-uncased on English Wikipedia and BookCorpus (Sanh et al. 2019).
 
 Command:  distiljax distill --config=configs/distilbert_base.py --workdir=runs/distilbert-base-uncased
-Hardware: made for a TPU pod slice or several GPUs; the same command runs on one device, and on every host of a pod.
+Hardware: made for the GPUs or TPU chips of one host; the same command runs on one device.
           Set --config.micro_batch_size to what fits a device (4096 rows divided by the devices must divide by it).
 Time:     the original took about 90 hours on 8 V100 16 GB (3 epochs of some 3.3 billion words).
 Result:   the paper's student keeps 97 % of BERT's GLUE score with 40 % fewer parameters.

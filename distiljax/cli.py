@@ -299,7 +299,12 @@ def _define_evaluate(values: Flags) -> None:
     flags.DEFINE_multi_string(
         "model", [], "NAME=PATH of a model, repeated; the first is the reference", flag_values=values
     )
-    flags.DEFINE_string("data", None, "with --model: a directory of prepared rows", flag_values=values)
+    flags.DEFINE_string(
+        "data",
+        None,
+        "with --model: a directory of prepared rows, such as WORKDIR/data/validation of a run",
+        flag_values=values,
+    )
     flags.DEFINE_integer("rows", 0, "how many rows; 0 = all", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "compute dtype: float32 or bfloat16", flag_values=values)
     flags.DEFINE_string("out", None, "also write the result as JSON to this file", flag_values=values)

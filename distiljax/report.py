@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -344,13 +345,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         parameters = human_count(result["parameters"])
         if run.is_distillation:
             parameters += f" (teacher {human_count(result['teacher_parameters'])})"
-        speed = result["tokens"] / result["seconds"]
+        speed = [value for _, value in run.metrics.get("train", {}).get("tokens_per_second", ())]
         facts += [
             ("On held-out text, before the first step", _held_out(result["start"])),
             ("Parameters", parameters),
             ("Tokens", human_count(result["tokens"])),
             ("Wall time", human_seconds(result["seconds"])),
-            ("Mean speed", f"{human_count(speed)} tokens/s"),
+            (
+                "Training speed (median)",
+                f"{human_count(statistics.median(speed) if speed else None)} tokens/s",
+            ),
             ("Machine", result["machine"]),
         ]
     return facts

@@ -197,7 +197,7 @@ def test_report_of_a_finished_and_evaluated_distillation(tmp_path):
         "| Parameters | 67.0 M (teacher 110 M) |",
         "| Tokens | 12.0 M |",
         "| Wall time | 1 h 2 min |",
-        "| Mean speed | 3.22 k tokens/s |",
+        "| Training speed (median) | 10.0 k tokens/s |",
         "| Machine | 1 CPU device, 2 cores |",
     ):
         assert fact in text

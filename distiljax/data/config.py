@@ -21,7 +21,7 @@ def default_data_config() -> ml_collections.ConfigDict:
     text_field: the column (Parquet, hub) or key (JSONL) that holds the text.
     unit: what one document is: "document" (a record; in .txt files a line), "line", or "paragraph"
       (blank-line separated).
-    max_documents: stop after so many documents; 0 reads all.
+    max_documents: take at most so many documents of each split; 0 takes all.
     seq_len: tokens in a row, [CLS] and [SEP] included.
     min_tokens: shorter examples are dropped, [CLS] and [SEP] counted (the original: 11 or fewer dropped).
     max_unknown: examples with at least this share of unknown tokens are dropped (the original: 0.5).

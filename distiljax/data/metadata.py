@@ -109,7 +109,7 @@ class Metadata:
         except FileNotFoundError:
             raise UserError(
                 f"{os.fspath(directory)} holds no prepared corpus (no {METADATA_FILE}); "
-                "make one with `distiljax prepare`"
+                "give one that a run has prepared, such as WORKDIR/data/validation"
             ) from None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

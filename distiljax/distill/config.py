@@ -6,6 +6,46 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from distiljax.data.config import default_data_config
+from distiljax.errors import UserError
+
+_AT_LEAST = {
+    0: (
+        *("seed", "steps", "micro_batch_size", "log_every", "checkpoint.every"),
+        *("eval.every", "eval.rows", "eval.batch_size", "eval.smoothing", "masking.smoothing"),
+        *("optimizer.weight_decay", "optimizer.clip_norm"),
+    ),
+    1: ("batch_size", "checkpoint.keep"),
+}
+_SHARES = ("optimizer.warmup_fraction", "optimizer.b1", "optimizer.b2")
+_POSITIVE = ("optimizer.peak_lr", "optimizer.eps")
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Refuse numbers that no run can use, before anything is loaded or prepared.
+
+    Raises:
+      UserError: the key, its value and what was expected.
+    """
+
+    def value(key: str) -> float:
+        node = config
+        for part in key.split("."):
+            node = node[part]
+        return node
+
+    # `not (…)` and not the opposite comparison, so that NaN is refused too.
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            if not least <= value(key) < 2**63:
+                raise UserError(f"{key} is {value(key)}; expected at least {least}")
+    for key in _SHARES:
+        if not 0 <= value(key) <= 1 or (value(key) == 1 and key != "optimizer.warmup_fraction"):
+            raise UserError(f"{key} is {value(key)}; expected a share from 0 to below 1")
+    for key in _POSITIVE:
+        if not 0 < value(key) < float("inf"):
+            raise UserError(f"{key} is {value(key)}; expected a number above 0")
+    if not config.steps and not 0 < config.epochs < float("inf"):
+        raise UserError(f"steps is {config.steps} and epochs {config.epochs}; expected one of them above 0")
 
 
 def shared_config() -> ConfigDict:

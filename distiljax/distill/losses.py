@@ -22,7 +22,7 @@ class Term:
 
 
 def _over_positions(values: Array, weights: Array) -> Term:
-    # `where`, not a product: a non-finite value at a position of weight 0 must not reach the sum or its gradient.
+    # `where`, not a product: a non-finite value at a position of weight 0 must not reach the sum.
     return Term(jnp.where(weights > 0, values * weights, 0.0).sum(), weights.sum())
 
 

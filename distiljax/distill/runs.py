@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distiljax.data import Metadata, RowLoader, eval_batches, prepare
+from distiljax.data import Metadata, RowLoader, prepare
+from distiljax.distill.config import check_ranges
+from distiljax.distill.evaluator import Evaluator, full_counts
 from distiljax.distill.masking import Masking, masking_weights
 from distiljax.distill.step import (
     PROJECTION,
     Models,
     Recipe,
-    make_eval_step,
     make_train_step,
-    term_means,
 )
 from distiljax.distill.student import Params, student_of
 from distiljax.errors import UserError
-from distiljax.hub import check_vocabulary
+from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
 from distiljax.train.format import human_count
 from distiljax.train.load import from_pretrained, load_tokenizer
@@ -40,8 +40,7 @@ from distiljax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-# Seed of the masks that held-out rows get, the same in every run and evaluation so that figures compare.
-EVAL_SEED = 20191002
+POSITION_TABLE = ("encoder", "embeddings", "position", "embedding")
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -126,6 +125,11 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
 
 
 def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> tuple[Path, Result | None]:
+    check_ranges(config)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{jax.process_count()} processes; expected 1: a run across several hosts is not supported yet"
+        )
     path = open_run(workdir, config, kind)
     facts = read_json(path / RESULT)
     if facts is None:
@@ -149,7 +153,7 @@ def _run(
     masking = _checked(
         Masking,
         mask_token_id=tokenizer.mask_token_id,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         rate=config.masking.rate,
         mask=config.masking.mask,
         random=config.masking.random,
@@ -170,17 +174,16 @@ def _run(
     train_rows, held_out = prepare_corpus(config, path, tokenizer)
     RowLoader(train_rows, config.batch_size, config.seed)  # refuses a corpus of less than one batch
     metadata = Metadata.load(train_rows)
-    if config.steps < 0 or (not config.steps and config.epochs <= 0):
-        raise UserError(f"steps is {config.steps} and epochs {config.epochs}; expected one of them above 0")
     total_steps = config.steps or math.ceil(config.epochs * metadata.num_rows / config.batch_size)
-    optimizer, learning_rate = make_optimizer(config.optimizer, total_steps)
+    fixed = {POSITION_TABLE} if models.student.config.position_kind == "sinusoidal" else set()
+    optimizer, learning_rate = make_optimizer(config.optimizer, total_steps, fixed)
 
     counts = full_counts(metadata.token_counts(train_rows), models.student.config.vocab_size)
     weights, eval_weights = (
         masking_weights(counts, tokenizer.all_special_ids, smoothing)
         for smoothing in (config.masking.smoothing, config.eval.smoothing)
     )
-    if kind == "pretrain" and not np.any(params["head"]["bias"]):
+    if kind == "pretrain" and _is_fresh(params["head"]):
         params["head"]["bias"] = unigram_bias(counts * weights)
     frozen = parallel.replicate({"teacher": teacher_params, "masking_weights": weights})
     eval_frozen = frozen | {"masking_weights": parallel.replicate(eval_weights)}
@@ -214,46 +217,6 @@ def _run(
     return Result(path, outcome.finished, facts)
 
 
-class Evaluator:
-    """Loss terms and metrics on held-out rows, without dropout and on fixed masks.
-
-    Calling it with replicated parameters, the replicated frozen tree, a prepared corpus and a number of rows
-    (0 = all) gives the means by name; `terms` gives the sums and counts behind them.
-    """
-
-    def __init__(self, models: Models, recipe: Recipe, masking: Masking, parallel: Parallel, batch_size: int):
-        self._recipe, self._parallel = recipe, parallel
-        self._batch_size = -(-batch_size // parallel.devices) * parallel.devices
-        self._step = parallel.wrap(make_eval_step(models, recipe, masking, seed=EVAL_SEED))
-
-    def terms(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, Any]:
-        """The summed terms (sum, count) over the rows, as numpy float64."""
-        totals: Any = None
-        for i, batch in enumerate(_limit(eval_batches(corpus, self._batch_size), rows, self._batch_size)):
-            first = self._parallel.replicate(np.int32(i * self._batch_size))
-            terms = self._step(params, frozen, first, self._parallel.shard(batch))
-            terms = jax.tree.map(np.float64, jax.device_get(self._parallel.unreplicate(terms)))
-            totals = terms if totals is None else jax.tree.map(np.add, totals, terms)
-        return totals
-
-    def __call__(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, float]:
-        terms = self.terms(params, frozen, corpus, rows)
-        return {name: float(value) for name, value in term_means(self._recipe, terms).items()}
-
-
-def _limit(
-    batches: Iterable[dict[str, np.ndarray]], rows: int, batch_size: int
-) -> Iterable[dict[str, np.ndarray]]:
-    for i, batch in enumerate(batches):
-        left = rows - i * batch_size if rows else batch_size
-        if left <= 0:
-            return
-        if left < batch_size:
-            # The shape stays: rows past the limit become padding.
-            batch = {name: np.where(np.arange(batch_size)[:, None] < left, x, 0) for name, x in batch.items()}
-        yield batch
-
-
 def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, Path]:
     """The directories of training and held-out rows, prepared now or before."""
     directory = Path(config.data_dir or workdir / "data")
@@ -273,24 +236,20 @@ def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[P
     return paths[0], paths[1]
 
 
+def _is_fresh(head: Params) -> bool:
+    """Whether a masked-LM head has never been trained: its bias and its LayerNorm are as they were drawn."""
+    norm = head["norm"]
+    return not (np.any(head["bias"]) or np.any(norm["bias"]) or np.any(norm["scale"] != 1))
+
+
 def unigram_bias(counts: np.ndarray) -> np.ndarray:
     """Logarithm of the frequencies [V] of the tokens to predict; tokens that do not occur get half the smallest."""
     smoothed = np.maximum(counts, counts[counts > 0].min() / 2)
     return np.log(smoothed / smoothed.sum()).astype(np.float32)
 
 
-def full_counts(counts: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Counts padded with zeros where the model has more rows than the tokenizer has tokens."""
-    return np.pad(counts, (0, vocab_size - len(counts)))
-
-
 def _micro_batches(config: ConfigDict, devices: int) -> int:
     """Micro-batches of one step on each device, from the three numbers that must divide."""
-    if config.batch_size < 1 or config.micro_batch_size < 0:
-        raise UserError(
-            f"batch_size is {config.batch_size} and micro_batch_size {config.micro_batch_size}; "
-            "expected at least 1 and at least 0"
-        )
     if config.batch_size % devices:
         raise UserError(
             f"batch_size {config.batch_size} does not divide by {devices} devices; choose a multiple of {devices}"

@@ -36,7 +36,7 @@ PROJECTION = "cosine_projection"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The weights of the loss terms; a term of weight 0 is not computed.
+    """The weights of the loss terms; a term of weight 0 is not computed (L_mlm still is, as a metric).
 
     Attributes:
       ce, mlm, cos, mse: weights of L_ce, L_mlm, L_cos and L_mse.

@@ -59,7 +59,7 @@ def student_of(
     """A student of the teacher `module` and its parameters, initialised from the teacher's.
 
     Every tensor whose shape agrees with the teacher's is copied from it, layers according to `layer_choice`; the
-    others (all of the encoder, in a narrower student) are drawn afresh. The pooler is left out.
+    others (nearly all, in a narrower student) are drawn afresh. The pooler is left out.
 
     Args:
       module, params: the teacher.

@@ -73,9 +73,9 @@ def check_vocabulary(tokenizer: Any, config: EncoderConfig, where: str) -> None:
     Raises:
       UserError: the tokenizer has more tokens than the model rows, or another padding token.
     """
-    if len(tokenizer) > config.vocab_size:
+    if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer):,} tokens, {where} only {config.vocab_size:,} rows of word "
+            f"the tokenizer has {vocabulary_size(tokenizer):,} tokens, {where} only {config.vocab_size:,} rows of word "
             "embeddings; use the tokenizer that belongs to the model"
         )
     if tokenizer.pad_token_id != config.pad_token_id:
@@ -83,6 +83,11 @@ def check_vocabulary(tokenizer: Any, config: EncoderConfig, where: str) -> None:
             f"the tokenizer pads with token {tokenizer.pad_token_id}, {where} with {config.pad_token_id}; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The highest token id plus one. Not `len(tokenizer)`: ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:

@@ -81,6 +81,10 @@ class Embeddings(nn.Module):
         dropout_keys: Array | None = None,
     ) -> Array:
         if positions is None:
+            if input_ids.shape[1] > self.config.max_positions:
+                raise ValueError(
+                    f"{input_ids.shape[1]} tokens a row; expected at most the model's {self.config.max_positions}"
+                )
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         position = self.position(positions)
         if self.config.position_kind == "sinusoidal":
@@ -161,6 +165,9 @@ class Encoder(nn.Module):
           segment_ids: int32 [B, S], 0 for padding, 1, 2, … for the examples packed into a row, which then do not
             see one another.
           dropout_keys: typed PRNG keys [B], one an example; None (evaluation) drops nothing.
+
+        Raises:
+          ValueError: rows longer than the model has positions.
         """
         mask = visible_keys(attention_mask, segment_ids)
         x = self.embeddings(input_ids, token_type_ids, positions, dropout_keys)

@@ -18,20 +18,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distiljax.data import Metadata
+from distiljax.distill.evaluator import EVAL_SEED, Evaluator, full_counts
 from distiljax.distill.masking import Masking, masking_weights
-from distiljax.distill.runs import (
-    DTYPES,
-    EVAL_SEED,
-    Evaluator,
-    count_parameters,
-    full_counts,
-    prepare_corpus,
-    run_student,
-)
+from distiljax.distill.runs import DTYPES, count_parameters, prepare_corpus, run_student
 from distiljax.distill.step import Models, Recipe
 from distiljax.errors import UserError
-from distiljax.hub import check_vocabulary
+from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
+from distiljax.train.checkpoint import checkpoint_step
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
 from distiljax.train.parallel import Parallel
 from distiljax.train.run import CONFIG, EVALUATION, machine, read_json, write_json
@@ -87,6 +81,8 @@ def evaluate_models(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if rows < 0:
+        raise UserError(f"rows is {rows}; expected 0 (all) or more")
     if isinstance(models, Mapping):
         tokenizer = tokenizer or load_tokenizer(next(iter(models.values())))
         candidates = [
@@ -119,7 +115,7 @@ def evaluate_models(
         evaluator = Evaluator(
             Models(candidate.module),
             recipe,
-            Masking(mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), **settings),
+            Masking(mask_token_id=tokenizer.mask_token_id, vocab_size=vocabulary_size(tokenizer), **settings),
             parallel,
             BATCH_ROWS,
         )
@@ -220,15 +216,17 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
         ]
     else:
         candidates = [dataclasses.replace(candidates[0], name="model")]
-    train_rows, held_out = prepare_corpus(config, path, load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    train_rows, held_out = prepare_corpus(config, path, tokenizer)
     evaluation = evaluate_models(
         candidates,
         held_out,
-        tokenizer=load_tokenizer(path),
+        tokenizer=tokenizer,
         masking_counts=Metadata.load(train_rows).token_counts(train_rows),
         masking={**stored["masking"], "smoothing": stored["eval"]["smoothing"]},
         dtype=dtype,
         rows=rows,
     )
+    evaluation["best_step"] = checkpoint_step(path)
     write_json(path / EVALUATION, evaluation)
     return evaluation

@@ -8,6 +8,7 @@ from typing import Any
 
 from distiljax.errors import UserError
 from distiljax.hub import model_card, save_pretrained
+from distiljax.train.checkpoint import checkpoint_step
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
 from distiljax.train.run import CONFIG, EVALUATION, RESULT, read_json
 
@@ -40,15 +41,21 @@ def export(
             f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run"
         )
     module, params = from_pretrained(path, checkpoint=checkpoint)
-    card = model_card(card_facts(path))
+    card = model_card(card_facts(path, checkpoint))
     save_pretrained(module, params, directory, tokenizer=load_tokenizer(path), card=card, overwrite=overwrite)
     return Path(directory)
 
 
-def card_facts(path: Path) -> dict[str, Any]:
-    """What a model card can say of a run; see `distiljax.hub.model_card`."""
+def card_facts(path: Path, checkpoint: str) -> dict[str, Any]:
+    """What a model card can say of a run; see `distiljax.hub.model_card`.
+
+    An evaluation counts only if it was of the very parameters that are exported.
+    """
+    evaluation = read_json(path / EVALUATION)
+    if evaluation and evaluation.get("best_step") != checkpoint_step(path, checkpoint):
+        evaluation = None
     return {
         "config": read_json(path / CONFIG) or {},
         "result": read_json(path / RESULT) or {},
-        "evaluation": read_json(path / EVALUATION),
+        "evaluation": evaluation,
     }

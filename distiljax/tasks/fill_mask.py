@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distiljax.errors import UserError
+from distiljax.hub import vocabulary_size
 from distiljax.nn import MaskedLM
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -42,17 +43,20 @@ def fill_mask(
       the softmax probability and `filled` the text with this mask filled.
 
     Raises:
-      UserError: a text without a mask token (or with it past the model's positions), or a bad `top_k`.
+      UserError: a text without a mask token (or with it past the model's positions), a bad `top_k` or `batch_size`.
     """
-    if not 1 <= top_k <= len(tokenizer):
-        raise UserError(f"top_k is {top_k}; expected 1 to {len(tokenizer)}")
+    if not 1 <= top_k <= vocabulary_size(tokenizer):
+        raise UserError(f"top_k is {top_k}; expected 1 to {vocabulary_size(tokenizer)}")
+
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; expected at least 1")
 
     @functools.partial(jax.jit, static_argnums=4)
     def run(params: Any, ids: jax.Array, attention_mask: jax.Array, at: jax.Array, k: int) -> tuple:
         hidden: Any = module.apply({"params": params}, ids, attention_mask=attention_mask, method="encode")
         picked = jnp.take_along_axis(hidden, at[..., None], axis=1)  # [B, M, E]
         logits: Any = module.apply({"params": params}, picked, method="decode")
-        return jax.lax.top_k(jax.nn.softmax(logits[..., : len(tokenizer)]), k)
+        return jax.lax.top_k(jax.nn.softmax(logits[..., : vocabulary_size(tokenizer)]), k)
 
     limit = module.config.max_positions
     for group in _groups(texts, batch_size):

@@ -49,6 +49,8 @@ class Checkpointer:
         """Start to save `state` and the JSON `facts` as checkpoint `step`; an existing one of that step is kept."""
         if step in self._last.all_steps():
             return
+        # The facts say which parameters are the best: these must be on the disk first, whatever happens now.
+        self._best.wait_until_finished()
         args = ocp.args.Composite(state=ocp.args.StandardSave(_copy(state)), facts=ocp.args.JsonSave(facts))
         self._last.save(step, args=args, force=True)
 
@@ -67,7 +69,7 @@ class Checkpointer:
 
 
 def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = BEST) -> tuple[Any, int]:
-    """The parameters of a run and the step they are from.
+    """The parameters of a run and the step they are from; what the template does not name is left out.
 
     Args:
       workdir: the run directory.
@@ -77,22 +79,30 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
     Raises:
       FileNotFoundError: the run has no such checkpoint.
     """
-    directory = os.path.join(workdir, BEST if which == BEST else LAST)
-    if not os.path.isdir(directory):
-        raise FileNotFoundError(directory)
+    step = checkpoint_step(workdir, which)
+    if step is None:
+        raise FileNotFoundError(_directory(workdir, which))
+    item = "params" if which == BEST else "state"
+    wanted = template if which == BEST else {"params": template}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(os.path.abspath(directory), options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(directory)
-        if which == BEST:
-            restored = manager.restore(step, args=ocp.args.Composite(params=_restore_args(template)))
-            return restored["params"], step
-        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-        args = ocp.args.PyTreeRestore(
-            {"params": template}, restore_args={"params": on_host}, partial_restore=True
-        )
-        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"], step
+    with ocp.CheckpointManager(_directory(workdir, which), options=options) as manager:
+        restored = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    return (restored if which == BEST else restored["params"]), step
+
+
+def checkpoint_step(workdir: str | os.PathLike[str], which: str = BEST) -> int | None:
+    """The step of a run's "best" or "last" checkpoint; None if there is none."""
+    try:
+        names = os.listdir(_directory(workdir, which))
+    except FileNotFoundError:
+        return None
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def _directory(workdir: str | os.PathLike[str], which: str) -> str:
+    return os.path.abspath(os.path.join(workdir, BEST if which == BEST else LAST))
 
 
 def _restore_args(template: Any) -> ocp.args.StandardRestore:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distiljax.errors import UserError
 from distiljax.train.checkpoint import Checkpointer
 from distiljax.train.metrics import MetricWriter
 from distiljax.train.parallel import Parallel
@@ -44,7 +45,7 @@ class Outcome:
       finished: False if SIGTERM or SIGINT ended it early; the state is saved then.
       step: optimiser steps done.
       tokens: non-padding tokens seen.
-      seconds: time spent training, over all resumed parts.
+      seconds: wall time of the run, validations and compilation included, over all resumed parts.
       best: the best validation, its step and its metrics.
       last: the last validation.
       start: the validation before the first step.
@@ -81,6 +82,9 @@ def run_loop(
       step: the wrapped step, `(state, rows) -> (state, metrics)`; it may reuse the state's buffers.
       batches: this process's batches from the given step on.
       evaluate: metrics of (replicated) parameters on held-out rows; `loss` decides which are best.
+
+    Raises:
+      UserError: the loss is not finite; nothing is saved then.
     """
     checkpointer = Checkpointer(workdir, schedule.keep)
     main = jax.process_index() == 0
@@ -103,6 +107,7 @@ def run_loop(
 
         def validate() -> None:
             metrics = evaluate(state.params)
+            _check_finite(metrics["loss"], "held-out loss", outcome.step, workdir)
             record = {"step": outcome.step, **metrics}
             outcome.last = record
             if writer:
@@ -110,20 +115,24 @@ def run_loop(
             # The very start is no candidate: a run hands over what it trained.
             if outcome.step and metrics["loss"] < outcome.best.get("loss", math.inf):
                 outcome.best = record
-                params = parallel.unreplicate(state.params)
-                checkpointer.save_best(outcome.step, params, record)
+                checkpointer.save_best(outcome.step, parallel.unreplicate(state.params), record)
             if not outcome.step:
                 outcome.start = record
 
         def save() -> None:
-            checkpointer.save(outcome.step, parallel.unreplicate(state), dataclasses.asdict(outcome))
+            values = window.values() if window.steps else {"loss": 0.0, "tokens": 0.0}
+            _check_finite(values["loss"], "training loss", outcome.step, workdir)
+            facts = dataclasses.replace(
+                outcome, tokens=outcome.tokens + values["tokens"], seconds=time.monotonic() - began
+            )
+            checkpointer.save(outcome.step, parallel.unreplicate(state), dataclasses.asdict(facts))
 
         began = time.monotonic() - outcome.seconds
         if outcome.step == 0:
             validate()
         window = _Window(parallel)
         source = iter(batches(outcome.step)) if outcome.step < schedule.total_steps else iter(())
-        while outcome.step < schedule.total_steps:
+        while outcome.step < schedule.total_steps and not stopping:
             with window.waiting():
                 rows = parallel.shard(next(source))
             # Nothing but what is asked for crosses between host and device while the devices work.
@@ -133,7 +142,8 @@ def run_loop(
             window.add(metrics)
             last = outcome.step == schedule.total_steps
             if last or _due(outcome.step, schedule.log_every):
-                values = window.close()
+                values = window.values()
+                _check_finite(values["loss"], "training loss", outcome.step, workdir)
                 outcome.tokens += values.pop("tokens")
                 outcome.seconds = time.monotonic() - began
                 if writer:
@@ -141,17 +151,12 @@ def run_loop(
                 progress.update(outcome.step, values)
                 window = _Window(parallel)
             if last or _due(outcome.step, schedule.eval_every):
-                validate()
-                window.restart_clock()
-            stop = bool(stopping)
-            if stop or last or _due(outcome.step, schedule.checkpoint_every):
-                if window.steps:
-                    outcome.tokens += window.close().pop("tokens")
-                    window = _Window(parallel)
-                outcome.seconds = time.monotonic() - began
+                with window.paused():
+                    validate()
+            if last or stopping or _due(outcome.step, schedule.checkpoint_every):
                 save()
-            if stop and not last:
-                return outcome
+        if outcome.step < schedule.total_steps:
+            return outcome
     outcome.finished = True
     return outcome
 
@@ -160,8 +165,16 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
+def _check_finite(loss: float, what: str, step: int, workdir: Path) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {what} is {loss} at step {step}; lower optimizer.peak_lr or raise optimizer.warmup_fraction and "
+            f"start again ({workdir} keeps the checkpoints of before)"
+        )
+
+
 class _Window:
-    """The steps since the last record: their metrics stay on the device until the record is written."""
+    """The steps since the last record: their metrics stay on the device until they are asked for."""
 
     def __init__(self, parallel: Parallel) -> None:
         self._parallel = parallel
@@ -173,22 +186,27 @@ class _Window:
     def steps(self) -> int:
         return len(self._metrics)
 
-    def restart_clock(self) -> None:
-        """Leave what was not training out of tokens/s (only right after `close`)."""
-        if not self._metrics:
-            self._began, self._waited = time.monotonic(), 0.0
-
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Time spent in here is waiting for data."""
         began = time.monotonic()
         yield
         self._waited += time.monotonic() - began
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is no training."""
+        jax.block_until_ready(self._metrics)
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
     def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Take in the metrics of one step."""
         self._metrics.append(metrics)
 
-    def close(self) -> dict[str, float]:
-        """Means over the window; `tokens` is its sum; tokens/s and the share of time spent waiting for data."""
+    def values(self) -> dict[str, float]:
+        """Means over the steps so far; `tokens` is a sum; tokens/s, and the share of time spent waiting for data."""
         fetched = jax.device_get(self._parallel.unreplicate(self._metrics))
         seconds = time.monotonic() - self._began
         values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}

@@ -21,6 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from distiljax.errors import UserError
+from distiljax.train.checkpoint import checkpoint_step
 
 CONFIG, MODEL, RESULT, EVALUATION = "config.json", "model.json", "result.json", "evaluation.json"
 TOKENIZER = "tokenizer"
@@ -51,7 +52,8 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
         ) from error
     wanted = {"kind": kind, **json.loads(config.to_json())}
     existing = read_json(path / CONFIG)
-    if existing is not None:
+    started = (path / RESULT).exists() or checkpoint_step(path, "last") is not None
+    if existing is not None and started:
         differing = [
             f"{key} was {old!r} and is now {new!r}"
             for key, old, new in _differences(existing, wanted)
@@ -63,7 +65,7 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
                 f"workdir {path} holds a run of another config: {'; '.join(differing[:3])}{more}; "
                 "give another --workdir, or the config it was started with"
             )
-    elif (path / RESULT).exists() or (path / "checkpoints").exists():
+    elif started:
         raise UserError(f"workdir {path} holds checkpoints but no {CONFIG}; give another --workdir")
     write_json(path / CONFIG, wanted)
     return path
@@ -88,7 +90,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, sort_keys=True, default=str, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

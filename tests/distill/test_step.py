@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from distiljax.distill.masking import MaskedRows, Masking, masking_weights
 from distiljax.distill.step import (
@@ -20,7 +21,7 @@ from distiljax.distill.step import (
 )
 from distiljax.distill.student import student_of
 from distiljax.nn import EncoderConfig, MaskedLM
-from distiljax.train.optimizer import make_optimizer
+from distiljax.train.optimizer import decayed, make_optimizer
 from distiljax.train.parallel import Parallel
 from distiljax.train.state import TrainState
 
@@ -307,3 +308,10 @@ def test_weight_decay_spares_biases_and_layer_norms(models):
     np.testing.assert_allclose(
         layer["ffn"]["up"]["kernel"], before["ffn"]["up"]["kernel"] * (1 - config.peak_lr * 0.1), rtol=1e-6
     )
+
+
+def test_weight_decay_spares_fixed_tables(models):
+    table = ("encoder", "embeddings", "position", "embedding")
+    mask = traverse_util.flatten_dict(decayed(models[1], {table}))
+    assert mask.pop(table) is False
+    assert mask["encoder", "embeddings", "word", "embedding"] is True

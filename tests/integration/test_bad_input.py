@@ -138,7 +138,19 @@ def test_an_unknown_config_key(refused, tmp_path, flags):
         ({"optimizer.peak_lr": -1.0}, ("-1.0",)),
         ({"dtype": "float16"}, ("float16", "bfloat16")),
         ({"parallel.mode": "xmap"}, ("xmap", "pmap")),
-        ({"steps": -1}, ("-1",)),
+        ({"steps": -1}, ("steps is -1",)),
+        ({"steps": 0, "epochs": -1.0}, ("epochs -1.0",)),
+        ({"seed": -1}, ("seed is -1",)),
+        ({"log_every": -1}, ("log_every is -1",)),
+        ({"checkpoint.keep": 0}, ("checkpoint.keep is 0", "at least 1")),
+        ({"eval.rows": -1}, ("eval.rows is -1",)),
+        ({"eval.batch_size": -3}, ("eval.batch_size is -3",)),
+        ({"optimizer.clip_norm": -1.0}, ("optimizer.clip_norm is -1.0",)),
+        ({"optimizer.b1": 1.5}, ("optimizer.b1 is 1.5",)),
+        ({"optimizer.b2": 1.0}, ("optimizer.b2 is 1.0",)),
+        ({"optimizer.eps": 0.0}, ("optimizer.eps is 0.0",)),
+        ({"optimizer.weight_decay": "nan"}, ("optimizer.weight_decay is nan",)),
+        ({"masking.smoothing": -0.7}, ("masking.smoothing is -0.7",)),
         ({"data.text_field": "body", "data.unit": "sentence"}, ("sentence",)),
     ],
 )
@@ -146,6 +158,7 @@ def test_values_outside_their_range(refused, teacher, flags, tmp_path, options, 
     changes = {key.replace(".", "__"): value for key, value in options.items()}
     message = distill(refused, teacher, flags(**changes), tmp_path / "run")
     assert all(word in message for word in words), message
+    assert not (tmp_path / "run" / "data").exists()  # refused before the text is prepared
 
 
 @pytest.mark.parametrize(
@@ -174,7 +187,26 @@ def test_predicting_without_a_mask_or_with_a_bad_file(refused, teacher, tmp_path
     assert "missing.txt" in refused("predict", f"--model={teacher}", f"--file={tmp_path / 'missing.txt'}")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 [MASK]\n")
     assert "UTF-8" in refused("predict", f"--model={teacher}", f"--file={tmp_path / 'latin.txt'}")
+    assert "batch_size is 0" in refused("predict", f"--model={teacher}", "--batch_size=0", "a [MASK]")
     assert "top_k is 0" in refused("predict", f"--model={teacher}", "--top_k=0", "a [MASK]")
+
+
+def test_a_run_that_was_refused_leaves_no_claim_on_its_directory(refused, teacher, flags, tmp_path):
+    distill(refused, tmp_path / "nowhere", flags(), tmp_path / "run")
+    options = flags(steps=1, seed=3)
+    assert main(["distill", f"--config.teacher={teacher}", *options, f"--workdir={tmp_path / 'run'}"]) == 0
+
+
+def test_a_loss_that_is_not_finite(refused, teacher, flags, tmp_path):
+    options = flags(optimizer__peak_lr=1e30, optimizer__clip_norm=0.0)
+    message = distill(refused, teacher, options, tmp_path / "run")
+    assert "nan" in message and "peak_lr" in message
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_evaluating_a_negative_number_of_rows(refused, distilled):
+    assert "rows is -1" in refused("evaluate", f"--workdir={distilled}", "--rows=-1")
 
 
 def test_an_export_never_overwrites_silently(refused, distilled, tmp_path):

@@ -151,8 +151,52 @@ def test_every_option_of_the_recipe_runs(tmp_path, teacher, flags, mode):
         data__pack=False,
     )
     assert main(["distill", f"--config.teacher={teacher}", *options, f"--workdir={tmp_path / 'run'}"]) == 0
-    exported = tmp_path / "exported"
-    assert main(["export", f"--workdir={tmp_path / 'run'}", f"--out={exported}"]) == 0
-    # The cosine projection of a narrower student stays behind.
-    module, _ = distiljax.from_pretrained(exported)
-    assert module.config.hidden_size == 16
+    # The cosine projection of a narrower student stays behind, whatever is done with it.
+    assert main(["evaluate", f"--workdir={tmp_path / 'run'}", "--rows=8"]) == 0
+    for checkpoint in ("best", "last"):
+        exported = tmp_path / checkpoint
+        arguments = [f"--workdir={tmp_path / 'run'}", f"--out={exported}", f"--checkpoint={checkpoint}"]
+        assert main(["export", *arguments]) == 0
+        module, params = distiljax.from_pretrained(exported)
+        assert module.config.hidden_size == 16 and set(params) == {"encoder", "head"}
+
+
+def test_a_model_card_has_only_the_figures_of_what_is_exported(tmp_path, teacher, flags):
+    run = tmp_path / "run"
+    # The best step is not the last: the learning rate is far too high by then.
+    options = flags(steps=6, eval__every=1, optimizer__peak_lr=0.5, optimizer__warmup_fraction=0.9)
+    assert main(["distill", f"--config.teacher={teacher}", *options, f"--workdir={run}"]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["best_step"] < result["steps"]
+    assert main(["evaluate", f"--workdir={run}", "--rows=16"]) == 0
+    for checkpoint, shown in (("best", True), ("last", False)):
+        out = tmp_path / checkpoint
+        assert main(["export", f"--workdir={run}", f"--out={out}", f"--checkpoint={checkpoint}"]) == 0
+        assert ("| teacher |" in (out / "README.md").read_text()) is shown
+
+
+def test_records_are_means_over_all_steps_since_the_last(tmp_path, teacher, flags):
+    losses = []
+    for name, log_every in (("each", 1), ("all", 6)):
+        options = flags(steps=6, log_every=log_every, eval__every=4, checkpoint__every=2)
+        assert main(["distill", f"--config.teacher={teacher}", *options, f"--workdir={tmp_path / name}"]) == 0
+        losses.append([value for _, value in read_metrics(tmp_path / name)["train"]["loss"]])
+    assert len(losses[0]) == 6 and len(losses[1]) == 1
+    assert np.mean(losses[0]) == pytest.approx(losses[1][0], rel=1e-6)
+    tokens = [json.loads((tmp_path / name / "result.json").read_text())["tokens"] for name in ("each", "all")]
+    assert tokens[0] == tokens[1]
+
+
+def test_pretraining_a_model_that_has_a_head_starts_from_that_head(tmp_path, teacher, flags):
+    before = distiljax.from_pretrained(teacher)[1]["head"]
+    assert not before["bias"].any()
+    trained = {**before, "norm": {**before["norm"], "bias": before["norm"]["bias"] + 0.5}}
+    module, params = distiljax.from_pretrained(teacher)
+    start = tmp_path / "start"
+    distiljax.save_pretrained(
+        module, {**params, "head": trained}, start, tokenizer=distiljax.load_tokenizer(teacher)
+    )
+    options = flags(steps=1, optimizer__warmup_fraction=1.0)  # the first step's learning rate is 0
+    assert main(["pretrain", f"--config.model={start}", *options, f"--workdir={tmp_path / 'run'}"]) == 0
+    after = distiljax.from_pretrained(tmp_path / "run")[1]["head"]
+    np.testing.assert_array_equal(after["bias"], before["bias"])
