@@ -110,7 +110,7 @@ def test_evaluate_compares_teacher_student_and_its_start_on_the_same_masks(
     data = distilled / "data" / "validation"
     arguments = [f"--model=a={teacher}", f"--model=b={distilled}", f"--data={data}", f"--out={out}"]
     assert main(["evaluate", *arguments, "--rows=16"]) == 0
-    assert "Share kept" in capsys.readouterr().out
+    assert "(× a)" in capsys.readouterr().out
     assert [m["name"] for m in json.loads(out.read_text())["models"]] == ["a", "b"]
 
 
