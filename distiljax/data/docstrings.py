@@ -18,7 +18,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 
-from distiljax.data.sources import Document
+from distiljax.data.document import Document
 
 PACKAGE_CHARACTERS = 400_000  # of prose; at most this from one package
 MAX_FILE_BYTES = 400_000  # larger ones are generated tables more often than not, and slow to parse

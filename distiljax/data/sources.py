@@ -18,8 +18,9 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from distiljax.data.document import Document
 from distiljax.data.metadata import Statistics
 from distiljax.errors import UserError
 
@@ -43,13 +44,6 @@ _SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
-
-
-class Document(NamedTuple):
-    """A document, and the key that decides whether it is held out: documents of one group stay together."""
-
-    text: str
-    group: str
 
 
 def documents(
