@@ -175,7 +175,7 @@ def test_holdout_is_asked_for_where_there_is_no_validation_split(tmp_path):
 
 def test_docstrings_hold_out_whole_files(monkeypatch, tmp_path):
     from distiljax.data import docstrings
-    from distiljax.data.sources import Document
+    from distiljax.data.document import Document
 
     corpus = [Document(f"text {n}", f"file {n // 10}") for n in range(1000)]
     monkeypatch.setattr(docstrings, "read", lambda: iter(corpus))
