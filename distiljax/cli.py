@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
-from distiljax.errors import UserError
+from distiljax.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"distiljax: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"distiljax: {stopped}", file=sys.stderr)
+        return 0 if stopped.number == signal.SIGTERM else 130
     except BrokenPipeError:
         # The reader has left (`| head`); nothing more can be said, and Python must not try at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("distiljax: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        # A full disk or a path that cannot be written is no defect, whichever library says so.
+        if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        line = _one_line(error)[:300]
+        print(f"distiljax: error: {line}; mend that, and the same command goes on", file=sys.stderr)
+        return 2
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -96,7 +108,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Flags, li
         arguments = _define_config(name, _config_function(command.config), values, arguments)
     try:
         rest = values([f"distiljax {name}", *arguments])[1:]
-    except flags.Error as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{_one_line(error)}; see `distiljax {name} --help`") from None
     if rest and not command.arguments:
         raise UserError(f"unexpected argument {rest[0]!r}; see `distiljax {name} --help`")
@@ -138,9 +150,12 @@ def _define_config(
             raise UserError(
                 f"unknown config key {override[1]!r}{_suggestion(override[1], known)}; see `distiljax {name} --help`"
             )
-    config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, sys_argv=[f"distiljax {name}", *arguments]
-    )
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=[f"distiljax {name}", *arguments]
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config {path or ''}: {_one_line(error)}; see `distiljax {name} --help`") from error
     return arguments
 
 
@@ -174,7 +189,7 @@ def _load_config(path: str) -> Any:
         return namespace["get_config"](*([argument] if argument else []))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"config file {path} fails with {type(error).__name__}: {_one_line(error)}"
         ) from error
@@ -221,8 +236,8 @@ def _suggestion(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -257,7 +272,7 @@ def _workdir(values: Flags) -> None:
 def _needed(values: Flags, *names: str) -> list[Any]:
     for name in names:
         if values[name].value in (None, "", []):
-            raise UserError(f"--{name} is missing; {values[name].help}")
+            raise UserError(f"--{name} is missing: {_one_line(values[name].help)}")
     return [values[name].value for name in names]
 
 
@@ -328,6 +343,8 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
         models = {}
         for spec in values.model:
             name, equals, path = spec.partition("=")
+            if name in models or not name or (equals and not path):
+                raise UserError(f"--model={spec}; expected NAME=PATH, each name once")
             models[name] = path if equals else spec
         evaluation = distiljax.evaluate_models(models, data, rows=values.rows, dtype=values.dtype)
     if values.out:

@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input rather than a defect."""
+"""What ends a command without a traceback: bad input, and being told to stop."""
 
 from __future__ import annotations
 
@@ -8,3 +8,16 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work before there was anything to save.
+
+    Args:
+      number: the signal's.
+      line: what to say.
+    """
+
+    def __init__(self, number: int, line: str):
+        super().__init__(line)
+        self.number = number

@@ -169,9 +169,9 @@ def read_run(path: str | os.PathLike[str], label: str = "") -> Run:
     """
     path = Path(path)
     config, result, evaluation = (read_json(path / name) for name in (CONFIG, RESULT, EVALUATION))
-    if not config:
+    if not config or config.get("kind") not in ("distill", "pretrain"):
         raise UserError(
-            f"{path} is no run directory (no {CONFIG}); give the --workdir of a pretrain or distill run"
+            f"{path} is no run directory (no {CONFIG} of one); give the --workdir of a pretrain or distill run"
         )
     metrics: dict[str, dict[str, plots.Points]] = {}
     for split, names in read_metrics(path).items():

@@ -62,7 +62,8 @@ def settings(config: Any) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise UserError(f"data.{key} is not a data setting; expected one of {', '.join(known)}")
-    sources = [values["source"]] if isinstance(values["source"], str) else list(values["source"] or ())
+    source = values["source"]
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
     if not sources or not all(isinstance(source, str) and source for source in sources):
         raise UserError(
             f"data.source is {values['source']!r}; expected a source (a path, docstrings, hf:NAME) or a tuple"

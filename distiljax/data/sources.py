@@ -245,6 +245,8 @@ def _split_in_name(relative: str) -> str | None:
 def _file_documents(
     fs: fsspec.AbstractFileSystem, path: str, text_field: str, unit: str
 ) -> Iterator[Document]:
+    import lzma
+
     import pyarrow
 
     kind = _format(path)
@@ -260,7 +262,7 @@ def _file_documents(
                 yield from _paragraphs(lines)
             else:
                 yield from (Document(line, line) for _, line in lines if line and not line.isspace())
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
 
 

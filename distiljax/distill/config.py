@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -20,6 +23,14 @@ _SHARES = ("optimizer.warmup_fraction", "optimizer.b1", "optimizer.b2")
 _POSITIVE = ("optimizer.peak_lr", "optimizer.eps")
 
 
+def _numbers(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield prefix + key, value
+
+
 def check_ranges(config: ConfigDict) -> None:
     """Refuse numbers that no run can use, before anything is loaded or prepared.
 
@@ -33,14 +44,17 @@ def check_ranges(config: ConfigDict) -> None:
             node = node[part]
         return node
 
+    for key, number in _numbers(config):
+        if not math.isfinite(number):
+            raise UserError(f"{key} is {number}; expected a finite number")
     # `not (…)` and not the opposite comparison, so that NaN is refused too.
     for least, keys in _AT_LEAST.items():
         for key in keys:
-            if not least <= value(key) < 2**63:
-                raise UserError(f"{key} is {value(key)}; expected at least {least}")
+            if not least <= value(key) < 2**31:
+                raise UserError(f"{key} is {value(key)}; expected at least {least} and below 2**31")
     for key in _SHARES:
         if not 0 <= value(key) <= 1 or (value(key) == 1 and key != "optimizer.warmup_fraction"):
-            raise UserError(f"{key} is {value(key)}; expected a share from 0 to below 1")
+            raise UserError(f"{key} is {value(key)}; expected a share of one")
     for key in _POSITIVE:
         if not 0 < value(key) < float("inf"):
             raise UserError(f"{key} is {value(key)}; expected a number above 0")

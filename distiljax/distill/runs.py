@@ -26,7 +26,7 @@ from distiljax.distill.step import (
     make_train_step,
 )
 from distiljax.distill.student import Params, student_of
-from distiljax.errors import UserError
+from distiljax.errors import Stopped, UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
 from distiljax.train.format import human_count
@@ -35,7 +35,8 @@ from distiljax.train.loop import Outcome, Schedule, run_loop
 from distiljax.train.optimizer import make_optimizer
 from distiljax.train.parallel import Parallel
 from distiljax.train.progress import CountProgress
-from distiljax.train.run import RESULT, TOKENIZER, machine, open_run, read_json, write_json, write_model
+from distiljax.train.run import RESULT, TOKENIZER, hold, machine, open_run, read_json, write_json, write_model
+from distiljax.train.signals import stop_signals
 from distiljax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -72,14 +73,17 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: bad input, in one line.
     """
-    path, finished = _enter(config, workdir, "distill")
-    if finished is not None:
-        return finished
-    tokenizer = load_tokenizer(config.tokenizer or config.teacher)
+    path = _enter(config, workdir, "distill")
+    with hold(path):
+        return _finished(path) or _distill(config, path)
+
+
+def _distill(config: ConfigDict, path: Path) -> Result:
     dtype = _dtype("dtype", config.dtype)
     teacher, teacher_params = from_pretrained(
         config.teacher, dtype=_dtype("teacher_dtype", config.teacher_dtype or config.dtype)
     )
+    tokenizer = load_tokenizer(config.tokenizer or config.teacher)
     check_vocabulary(tokenizer, teacher.config, str(config.teacher))
     student, params = run_student(config, teacher, teacher_params)
     student = student.clone(dtype=dtype)
@@ -94,7 +98,8 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
 def run_student(config: ConfigDict, teacher: MaskedLM, teacher_params: Params) -> tuple[MaskedLM, Params]:
     """The student of a distillation run before its first step."""
     options = dict(config.student)
-    layers = options.pop("layers") or None
+    layers = options.pop("layers")
+    layers = None if layers == 0 and layers is not False else layers
     return student_of(teacher, teacher_params, layers, **options, seed=config.seed)
 
 
@@ -111,12 +116,15 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: bad input, in one line.
     """
-    path, finished = _enter(config, workdir, "pretrain")
-    if finished is not None:
-        return finished
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    path = _enter(config, workdir, "pretrain")
+    with hold(path):
+        return _finished(path) or _pretrain(config, path)
+
+
+def _pretrain(config: ConfigDict, path: Path) -> Result:
     dtype = _dtype("dtype", config.dtype)
     model, params = from_pretrained(config.model, dtype=dtype, init_head=True, seed=config.seed)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_vocabulary(tokenizer, model.config, str(config.model))
     drops = {"hidden_dropout": config.hidden_dropout, "attention_dropout": config.attention_dropout}
     model = model.clone(config=_checked(model.config.replace, **drops))
@@ -124,18 +132,25 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     return _run(config, path, "pretrain", tokenizer, Models(model), recipe, params, None)
 
 
-def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> tuple[Path, Result | None]:
+def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> Path:
     check_ranges(config)
+    if "://" in config.data_dir:
+        raise UserError(f"data_dir {config.data_dir} is remote; expected a local directory")
     if jax.process_count() > 1:
         raise UserError(
             f"{jax.process_count()} processes; expected 1: a run across several hosts is not supported yet"
         )
-    path = open_run(workdir, config, kind)
+    return open_run(workdir, config, kind)
+
+
+def _finished(path: Path) -> Result | None:
     facts = read_json(path / RESULT)
     if facts is None:
-        return path, None
+        return None
+    if not {"steps", "best", "validation"} <= facts.keys():
+        raise UserError(f"{path / RESULT} is damaged; delete it, and the same command writes it again")
     log.info("%s holds a finished run of this config; nothing to do", path)
-    return path, Result(path, True, facts)
+    return Result(path, True, facts)
 
 
 def _run(
@@ -222,8 +237,21 @@ def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[P
     directory = Path(config.data_dir or workdir / "data")
     paths = []
     for name in ("train", "validation"):
-        with CountProgress(f"preparing {name} rows", enabled=jax.process_index() == 0) as progress:
-            metadata = prepare(config.data, name, tokenizer, directory / name, progress=progress.update)
+        with (
+            stop_signals("stopping") as received,
+            CountProgress(f"preparing {name} rows", enabled=jax.process_index() == 0) as progress,
+        ):
+
+            def update(
+                documents: int, tokens: int, show: Any = progress, received: list[int] = received
+            ) -> None:
+                show.update(documents, tokens)
+                if received:
+                    raise Stopped(
+                        received[0], "stopped while preparing the text; the same command starts again"
+                    )
+
+            metadata = prepare(config.data, name, tokenizer, directory / name, progress=update)
         log.info(
             "%s: %s rows of %d, %s tokens, %.1f %% filled",
             name,

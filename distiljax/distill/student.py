@@ -27,13 +27,15 @@ def layer_choice(teacher_layers: int, layers: int | Sequence[int] | None = None)
     """
     if layers is None:
         layers = max(teacher_layers // 2, 1)
-    if isinstance(layers, int):
+    if isinstance(layers, int) and not isinstance(layers, bool):
         if not 1 <= layers <= teacher_layers:
             raise UserError(f"student of {layers} layers; expected 1 to {teacher_layers}, the teacher's")
         if layers == 1:
             return (0,)
         return tuple(int(i) for i in np.rint(np.linspace(0, teacher_layers - 1, layers)))
-    chosen = tuple(int(i) for i in layers)
+    if not isinstance(layers, Sequence) or not all(type(i) is int for i in layers):
+        raise UserError(f"student layers {layers!r}; expected a number of layers or a tuple of layer indices")
+    chosen = tuple(layers)
     outside = [i for i in chosen if not 0 <= i < teacher_layers]
     if not chosen or outside:
         raise UserError(

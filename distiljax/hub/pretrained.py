@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
 
 from distiljax.errors import UserError
 from distiljax.hub import files, names
@@ -28,6 +29,9 @@ _ARCHITECTURES = {
     ("distilbert", True): "DistilBertForMaskedLM",
     ("distilbert", False): "DistilBertModel",
 }
+
+# What only a run directory has; an export must never replace one.
+_RUN_FILES = ("model.json", "checkpoints", "best")
 
 
 def from_pretrained(
@@ -76,6 +80,9 @@ def from_pretrained(
         del shapes["head"]
     tied = hf_config.get("tie_word_embeddings") is not False
     params = names.to_params(table, weights, shapes, where, head=bool(head and stored_head), tied=tied)
+    for path, array in traverse_util.flatten_dict(params, sep="/").items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{where}: the weight {path!r} holds NaN or infinity; use a checkpoint of before")
     if head is None:
         return Encoder(config, dtype), params["encoder"]
     if not stored_head:
@@ -187,12 +194,16 @@ def _exportable(config: EncoderConfig, tree: Params, masked_lm: bool) -> tuple[P
 
 def _write_directory(directory: Path, write: Callable[[Path], None], overwrite: bool) -> None:
     """Make `directory` with what `write` puts into the empty one that it is given, in one piece."""
+    if "://" in str(directory) or str(directory).startswith(("gs:/", "s3:/")):
+        raise UserError(f"{directory} is remote; expected a local directory")
     target = directory.expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{directory} is a file; give another directory")
     occupied = target.is_dir() and any(target.iterdir())
     if occupied and not overwrite:
-        raise UserError(f"{directory} is not empty; give another directory, or overwrite it on purpose")
+        raise UserError(f"{directory} is not empty; give another directory, or overwrite it with --overwrite")
+    if occupied and any((target / name).exists() for name in _RUN_FILES):
+        raise UserError(f"{directory} holds a run, which an export would destroy; give another directory")
     if occupied and not (target / files.CONFIG).is_file():
         raise UserError(
             f"{directory} holds something else than a model (no {files.CONFIG}); give another directory"
@@ -205,7 +216,8 @@ def _write_directory(directory: Path, write: Callable[[Path], None], overwrite: 
         if occupied:
             target.rename(old)
         new.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        error = error if isinstance(error, OSError) else OSError(str(error))
         raise UserError(
             f"cannot write {directory}: {error.strerror or error}; give another directory"
         ) from error

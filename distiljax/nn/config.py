@@ -48,6 +48,13 @@ _DISTILBERT_KEYS = {
     "pad_token_id": "pad_token_id",
     "initializer_range": "initializer_range",
 }
+# What a config.json may hold for a field, by the field's annotation.
+_FIELD_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a string"),
+}
 _DISTILBERT_EPS = 1e-12  # fixed in transformers' DistilBERT
 
 
@@ -96,6 +103,12 @@ class EncoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, (kind, expected) = getattr(self, field.name), _FIELD_KINDS[str(field.type)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}; expected 0 < eps < 1")
         for name in ("vocab_size", "hidden_size", "num_heads", "intermediate_size", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")

@@ -206,6 +206,10 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
     config = ConfigDict(stored)
     module, params = from_pretrained(path)
     candidates = [Candidate("student", str(path), module, params)]
+    if "kind" not in stored:
+        raise UserError(
+            f"{path / CONFIG} is missing or of no run; restore it, or evaluate with --model and --data"
+        )
     if stored["kind"] == "distill":
         teacher, teacher_params = from_pretrained(config.teacher)
         before, before_params = run_student(config, teacher, teacher_params)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from distiljax.errors import UserError
-from distiljax.hub import vocabulary_size
+from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
 
+MAX_BATCH = 4096
 LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
@@ -48,8 +49,10 @@ def fill_mask(
     if not 1 <= top_k <= vocabulary_size(tokenizer):
         raise UserError(f"top_k is {top_k}; expected 1 to {vocabulary_size(tokenizer)}")
 
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; expected at least 1")
+    if not 1 <= batch_size <= MAX_BATCH:
+        raise UserError(f"batch_size is {batch_size}; expected 1 to {MAX_BATCH}")
+
+    check_vocabulary(tokenizer, module.config, "the model")
 
     @functools.partial(jax.jit, static_argnums=4)
     def run(params: Any, ids: jax.Array, attention_mask: jax.Array, at: jax.Array, k: int) -> tuple:
@@ -60,6 +63,8 @@ def fill_mask(
 
     limit = module.config.max_positions
     for group in _groups(texts, batch_size):
+        # An argument that is no UTF-8 reaches Python with surrogates, which no tokenizer takes.
+        group = tuple(text.encode("utf-8", "replace").decode() for text in group)
         encoded = [tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in group]
         places = [np.flatnonzero(np.array(ids) == tokenizer.mask_token_id) for ids in encoded]
         for text, place in zip(group, places, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -9,6 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from distiljax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LAST = "checkpoints"
 BEST = "best"
@@ -37,13 +42,26 @@ class Checkpointer:
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest state, as host arrays in the shape of `template`, and the facts saved with it; None if none."""
-        step = self._last.latest_step()
-        if step is None:
-            return None
-        restored = self._last.restore(
-            step, args=ocp.args.Composite(state=_restore_args(template), facts=ocp.args.JsonRestore())
-        )
-        return restored["state"], restored["facts"]
+        args = ocp.args.Composite(state=_restore_args(template), facts=ocp.args.JsonRestore())
+        steps = sorted(self._last.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._last.restore(step, args=args)
+                return restored["state"], restored["facts"]
+            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+                log.warning(
+                    "checkpoint %d of %s is damaged (%s); %s",
+                    step,
+                    self._last.directory,
+                    _first_line(error),
+                    "trying the one before" if step != steps[-1] else "there is none before it",
+                )
+                self._last.delete(step)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._last.directory} can be read; delete the run directory to start again"
+            )
+        return None
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Start to save `state` and the JSON `facts` as checkpoint `step`; an existing one of that step is kept."""
@@ -78,6 +96,7 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
 
     Raises:
       FileNotFoundError: the run has no such checkpoint.
+      UserError: it is damaged.
     """
     step = checkpoint_step(workdir, which)
     if step is None:
@@ -87,8 +106,14 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
     options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(_directory(workdir, which), options=options) as manager:
-        restored = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    try:
+        with ocp.CheckpointManager(_directory(workdir, which), options=options) as manager:
+            restored = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:  # as above
+        raise UserError(
+            f"checkpoint {step} of {_directory(workdir, which)} is damaged ({_first_line(error)}); "
+            "choose the other of best and last, or run the training again"
+        ) from error
     return (restored if which == BEST else restored["params"]), step
 
 
@@ -96,13 +121,17 @@ def checkpoint_step(workdir: str | os.PathLike[str], which: str = BEST) -> int |
     """The step of a run's "best" or "last" checkpoint; None if there is none."""
     try:
         names = os.listdir(_directory(workdir, which))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def _directory(workdir: str | os.PathLike[str], which: str) -> str:
     return os.path.abspath(os.path.join(workdir, BEST if which == BEST else LAST))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _restore_args(template: Any) -> ocp.args.StandardRestore:

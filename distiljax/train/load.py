@@ -71,7 +71,12 @@ def from_pretrained(
         raise UserError(f"head is {head!r}; expected masked_lm or None")
     path = Path(name_or_dir)
     facts = read_json(path / MODEL) or {}
-    module = MaskedLM(EncoderConfig(**facts["encoder"]), dtype)
+    try:
+        module = MaskedLM(EncoderConfig(**facts["encoder"]), dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path / MODEL} is damaged ({error}); start the run's command again to restore it"
+        ) from error
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     try:
         params, _ = restore_params(path, shapes, checkpoint)

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from distiljax.train.checkpoint import Checkpointer
 from distiljax.train.metrics import MetricWriter
 from distiljax.train.parallel import Parallel
 from distiljax.train.progress import Progress
+from distiljax.train.signals import stop_signals
 from distiljax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def run_loop(
             log.info("going on from step %d of %s", outcome.step, workdir)
         state = parallel.replicate(state)
         writer = stack.enter_context(MetricWriter(workdir, outcome.step)) if main else None
-        stopping = stack.enter_context(_stop_signals())
+        stopping = stack.enter_context(stop_signals("saving after this step, then leaving"))
         progress = stack.enter_context(
             Progress(description, schedule.total_steps, outcome.step, enabled=main)
         )
@@ -214,26 +213,3 @@ class _Window:
         values["tokens_per_second"] = values["tokens"] / seconds
         values["data_wait"] = self._waited / seconds
         return values
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT (once) are noted in the list instead of ending the process in the middle of a step."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # signal handlers can only be set by the main thread
-        return
-
-    def note(number: int, frame: Any) -> None:
-        del frame
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        log.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -11,8 +11,11 @@ result.json    written when the run is finished
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,18 +44,25 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
     Raises:
       UserError: a directory that cannot be written, or that holds a run of another config.
     """
+    if "://" in os.fspath(workdir):
+        raise UserError(f"workdir {os.fspath(workdir)} is remote; expected a local directory")
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to workdir {path}: {error.strerror}; give another --workdir"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write to workdir {path}: {reason}; give another --workdir") from error
     wanted = {"kind": kind, **json.loads(config.to_json())}
     existing = read_json(path / CONFIG)
     started = (path / RESULT).exists() or checkpoint_step(path, "last") is not None
+    if existing is not None and existing.get("kind") != kind:
+        raise UserError(
+            f"workdir {path} holds a {existing.get('kind')} run, this is a {kind} run; give another --workdir"
+        )
+    if existing is not None and not started and existing.get("data") != wanted["data"]:
+        shutil.rmtree(path / "data", ignore_errors=True)  # of a start that came to nothing
     if existing is not None and started:
         differing = [
             f"{key} was {old!r} and is now {new!r}"
@@ -71,6 +81,25 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
     return path
 
 
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of a run directory; the lock goes with the process.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"workdir {workdir} is in use by another process; wait for it, or give another --workdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None if there is no such file.
 
@@ -78,8 +107,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
       UserError: a file that is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, not an object")
+        return value
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(

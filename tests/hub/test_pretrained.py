@@ -253,8 +253,8 @@ class BrokenTokenizer:
 
     pad_token_id = 0
 
-    def __len__(self):
-        return 3
+    def get_vocab(self):
+        return {"[PAD]": 0, "a": 1, "b": 2}
 
     def save_pretrained(self, directory):
         (directory / "tokenizer.json").write_text("{")

@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 import distiljax
 from distiljax.cli import main
+from distiljax.train.run import hold
 
 
 @pytest.fixture
@@ -151,6 +153,14 @@ def test_an_unknown_config_key(refused, tmp_path, flags):
         ({"optimizer.eps": 0.0}, ("optimizer.eps is 0.0",)),
         ({"optimizer.weight_decay": "nan"}, ("optimizer.weight_decay is nan",)),
         ({"masking.smoothing": -0.7}, ("masking.smoothing is -0.7",)),
+        ({"masking.rate": "nan"}, ("masking.rate is nan",)),
+        ({"loss.ce": "inf"}, ("loss.ce is inf",)),
+        ({"data.holdout": "nan"}, ("data.holdout is nan",)),
+        ({"data.source": 5}, ("data.source is 5",)),
+        ({"data_dir": "gs://bucket/rows"}, ("gs://bucket/rows", "local")),
+        ({"student.layers": "'abc'"}, ("abc", "layer indices")),
+        ({"student.layers": "(0,1.7)"}, ("1.7", "layer indices")),
+        ({"student.layers": "()"}, ("()", "indices")),
         ({"data.text_field": "body", "data.unit": "sentence"}, ("sentence",)),
     ],
 )
@@ -207,6 +217,91 @@ def test_a_loss_that_is_not_finite(refused, teacher, flags, tmp_path):
 
 def test_evaluating_a_negative_number_of_rows(refused, distilled):
     assert "rows is -1" in refused("evaluate", f"--workdir={distilled}", "--rows=-1")
+
+
+def test_an_export_never_destroys_a_run(refused, distilled):
+    before = sorted(distilled.rglob("*"))
+    for out in (distilled, distilled.parent / "run"):
+        message = refused("export", f"--workdir={distilled}", f"--out={out}", "--overwrite")
+        assert "holds a run" in message
+    assert sorted(distilled.rglob("*")) == before
+
+
+def test_a_workdir_that_another_process_uses(refused, teacher, flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    with hold(tmp_path / "run"):
+        assert "in use" in distill(refused, teacher, flags(), tmp_path / "run")
+
+
+def test_a_workdir_of_another_command(refused, distilled, teacher, flags):
+    message = refused("pretrain", f"--config.model={teacher}", *flags(), f"--workdir={distilled}")
+    assert "distill run" in message and "pretrain run" in message
+
+
+def test_weights_that_are_not_finite(refused, teacher_copy, flags, tmp_path):
+    module, params = distiljax.from_pretrained(teacher_copy)
+    params["head"]["bias"] = params["head"]["bias"].copy()
+    params["head"]["bias"][3] = np.nan
+    tokenizer = distiljax.load_tokenizer(teacher_copy)
+    distiljax.save_pretrained(module, params, tmp_path / "nan", tokenizer=tokenizer)
+    assert "head/bias" in distill(refused, tmp_path / "nan", flags(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", 32.0), ("hidden_size", "32"), ("layer_norm_eps", "x"), ("layer_norm_eps", -1)],
+)
+def test_a_config_json_with_values_of_the_wrong_kind(refused, teacher_copy, flags, tmp_path, key, value):
+    config = json.loads((teacher_copy / "config.json").read_text())
+    (teacher_copy / "config.json").write_text(json.dumps({**config, key: value}))
+    message = distill(refused, teacher_copy, flags(), tmp_path / "run")
+    assert key in message and str(value) in message
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"encoder": {"width": 3}}', "not json"])
+def test_a_damaged_run_directory(refused, distilled, tmp_path, content):
+    run = tmp_path / "run"
+    shutil.copytree(distilled, run)
+    (run / "model.json").write_text(content)
+    assert "model.json" in refused("predict", f"--model={run}", "a [MASK]")
+
+
+def test_a_damaged_checkpoint_of_a_finished_run(refused, distilled, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(distilled, run)
+    for file in (run / "best").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = refused("export", f"--workdir={run}", f"--out={tmp_path / 'out'}")
+    assert "best" in message and "damaged" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_run_directory(refused, teacher, tmp_path):
+    assert "no run directory" in refused("report", f"--workdir={teacher}", f"--out={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--config.=1"], ["--config.loss=3"], ["--config.batch_size=x"]],
+)
+def test_overrides_that_cannot_be_read(refused, arguments, tmp_path):
+    assert "config" in refused("distill", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "body", ["import sys; sys.exit(3)", "return None", "raise KeyError('x')", "return 1 +"]
+)
+def test_config_files_that_fail(refused, tmp_path, body):
+    file = tmp_path / "config.py"
+    file.write_text(f"def get_config():\n    {body}\n")
+    assert str(file) in refused("distill", f"--config={file}", f"--workdir={tmp_path / 'run'}")
+
+
+def test_one_name_for_two_models(refused, teacher, distilled):
+    models = [f"--model=a={teacher}", f"--model=a={distilled}"]
+    assert "each name once" in refused("evaluate", *models, f"--data={distilled / 'data' / 'validation'}")
 
 
 def test_an_export_never_overwrites_silently(refused, distilled, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 import distiljax
+from distiljax.cli import main
 
 
 def wait_for_step(workdir, step, process, seconds=120):
@@ -77,3 +78,34 @@ def test_a_killed_and_a_terminated_run_end_bit_identical_to_an_unbroken_one(tmp_
     ]
     losses = [[(r["step"], r["split"], r["loss"]) for r in log] for log in logs]
     assert losses[0] == losses[1]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, teacher, flags, capfd):
+    run = tmp_path / "run"
+    command = ["distill", f"--config.teacher={teacher}", *flags(checkpoint__every=2), f"--workdir={run}"]
+    assert main(command) == 0
+    expected = final_params(run)
+    (run / "result.json").unlink()
+    for file in (run / "checkpoints" / "8").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert main(command) == 0
+    errors = capfd.readouterr().err
+    assert "checkpoint 8" in errors and "trying the one before" in errors
+    for path, value in final_params(run).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg="/".join(path))
+
+
+def test_being_told_to_stop_while_preparing_text(tmp_path, teacher, flags, start):
+    run = tmp_path / "run"
+    process = start(
+        "distill", f"--config.teacher={teacher}", *flags(data__source="docstrings"), f"--workdir={run}"
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(run.glob("data/.train.partial-*")):
+        assert process.poll() is None, finish(process)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, errors = finish(process)
+    assert status == 0 and "stopped while preparing" in errors and "Traceback" not in errors
+    assert not list((run / "data").iterdir())
