@@ -253,6 +253,9 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 def set_up_logging() -> None:
     """Send the log of the package to standard error, one short line a record."""
+    # transformers says at import that it has found no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logger = logging.getLogger("distiljax")
     if not logger.handlers:
         handler = _StderrHandler()
