@@ -88,7 +88,7 @@ def hold(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
-    with open(workdir / ".lock", "w") as file:
+    with open(workdir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
