@@ -35,7 +35,7 @@ from distiljax.train.loop import Outcome, Schedule, run_loop
 from distiljax.train.optimizer import make_optimizer
 from distiljax.train.parallel import Parallel
 from distiljax.train.progress import CountProgress
-from distiljax.train.run import RESULT, TOKENIZER, hold, machine, open_run, read_json, write_json, write_model
+from distiljax.train.run import RESULT, TOKENIZER, machine, open_run, read_json, write_json, write_model
 from distiljax.train.signals import stop_signals
 from distiljax.train.state import TrainState
 
@@ -73,8 +73,8 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: bad input, in one line.
     """
-    path = _enter(config, workdir, "distill")
-    with hold(path):
+    _check_config(config)
+    with open_run(workdir, config, "distill") as path:
         return _finished(path) or _distill(config, path)
 
 
@@ -116,8 +116,8 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: bad input, in one line.
     """
-    path = _enter(config, workdir, "pretrain")
-    with hold(path):
+    _check_config(config)
+    with open_run(workdir, config, "pretrain") as path:
         return _finished(path) or _pretrain(config, path)
 
 
@@ -132,7 +132,7 @@ def _pretrain(config: ConfigDict, path: Path) -> Result:
     return _run(config, path, "pretrain", tokenizer, Models(model), recipe, params, None)
 
 
-def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> Path:
+def _check_config(config: ConfigDict) -> None:
     check_ranges(config)
     if "://" in config.data_dir:
         raise UserError(f"data_dir {config.data_dir} is remote; expected a local directory")
@@ -140,7 +140,6 @@ def _enter(config: ConfigDict, workdir: str | os.PathLike[str], kind: str) -> Pa
         raise UserError(
             f"{jax.process_count()} processes; expected 1: a run across several hosts is not supported yet"
         )
-    return open_run(workdir, config, kind)
 
 
 def _finished(path: Path) -> Result | None:

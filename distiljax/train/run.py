@@ -33,8 +33,9 @@ TOKENIZER = "tokenizer"
 FREE = ("data_dir", "parallel", "micro_batch_size", "checkpoint", "log_every", "eval.batch_size")
 
 
-def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> Path:
-    """Make or re-enter a run directory.
+@contextlib.contextmanager
+def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> Iterator[Path]:
+    """Make or re-enter a run directory, and keep other processes out of it meanwhile.
 
     Args:
       workdir: the directory; made if it is not there.
@@ -42,7 +43,7 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
       kind: "distill" or "pretrain".
 
     Raises:
-      UserError: a directory that cannot be written, or that holds a run of another config.
+      UserError: a directory that cannot be written, that another process uses, or that holds a run of another config.
     """
     if "://" in os.fspath(workdir):
         raise UserError(f"workdir {os.fspath(workdir)} is remote; expected a local directory")
@@ -54,6 +55,13 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot write to workdir {path}: {reason}; give another --workdir") from error
+    # Nothing in the directory is looked at or changed before it is this process's alone.
+    with hold(path):
+        _claim(path, config, kind)
+        yield path
+
+
+def _claim(path: Path, config: ConfigDict, kind: str) -> None:
     wanted = {"kind": kind, **json.loads(config.to_json())}
     existing = read_json(path / CONFIG)
     started = (path / RESULT).exists() or checkpoint_step(path, "last") is not None
@@ -78,7 +86,6 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
     elif started:
         raise UserError(f"workdir {path} holds checkpoints but no {CONFIG}; give another --workdir")
     write_json(path / CONFIG, wanted)
-    return path
 
 
 @contextlib.contextmanager

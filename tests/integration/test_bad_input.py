@@ -228,9 +228,14 @@ def test_an_export_never_destroys_a_run(refused, distilled):
 
 
 def test_a_workdir_that_another_process_uses(refused, teacher, flags, tmp_path):
-    (tmp_path / "run").mkdir()
+    rows = tmp_path / "run" / "data" / "train" / "rows"
+    rows.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text('{"kind": "distill", "data": {}}')
     with hold(tmp_path / "run"):
         assert "in use" in distill(refused, teacher, flags(), tmp_path / "run")
+    # What the other process is preparing stays, although its config is another one.
+    assert rows.exists()
+    assert (tmp_path / "run" / "config.json").read_text() == '{"kind": "distill", "data": {}}'
 
 
 def test_a_workdir_of_another_command(refused, distilled, teacher, flags):
