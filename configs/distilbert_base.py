@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 512
     config.data.min_tokens = 12
     config.data.max_unknown = 0.5
-    config.data.pack = True
+    config.data.layout = "packed"
     config.data.holdout = 0.001
 
     config.batch_size = 4096

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distiljax.version import __version__
 
 if TYPE_CHECKING:
+    from distiljax.data.prepare import prepare
     from distiljax.distill.config import distill_config, pretrain_config
     from distiljax.distill.runs import Result, distill, pretrain
     from distiljax.distill.student import student_of
@@ -38,6 +39,7 @@ __all__ = [
     "fill_mask",
     "from_pretrained",
     "load_tokenizer",
+    "prepare",
     "pretrain",
     "pretrain_config",
     "save_pretrained",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "distiljax.data.prepare": ("prepare",),
     "distiljax.distill.config": ("distill_config", "pretrain_config"),
     "distiljax.distill.runs": ("Result", "pretrain"),
     "distiljax.distill.student": ("student_of",),

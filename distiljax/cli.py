@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
 import errno
-import json
 import logging
 import os
 import re
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
+from distiljax.commands import COMMANDS, Command
 from distiljax.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -35,18 +33,6 @@ commands:
 `distiljax COMMAND --help` explains a command, its flags and its config keys.
 Exit status: 0 done (or told to stop, state saved), 2 bad input (one line says what).
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One command: what it is for, an example, its flags, what it runs, the function that gives its config."""
-
-    summary: str
-    example: str
-    define: Callable[[Flags], None]
-    run: Callable[[Flags, list[str]], int]
-    config: str | None = None
-    arguments: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +91,8 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Flags, li
     values = Flags()
     command.define(values)
     if command.config is not None:
-        arguments = _define_config(name, _config_function(command.config), values, arguments)
+        part = _config_function(command.config_part) if command.config_part else None
+        arguments = _define_config(name, _config_function(command.config), part, values, arguments)
     try:
         rest = values([f"distiljax {name}", *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -116,7 +103,11 @@ def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Flags, li
 
 
 def _define_config(
-    name: str, default: Callable[[], ConfigDict], values: Flags, arguments: list[str]
+    name: str,
+    default: Callable[[], ConfigDict],
+    part: Callable[[ConfigDict], ConfigDict] | None,
+    values: Flags,
+    arguments: list[str],
 ) -> list[str]:
     """Load --config, define --config.KEY for each of its keys, and give the arguments that are left to parse.
 
@@ -131,6 +122,8 @@ def _define_config(
         raise UserError(
             f"config {path}: get_config() gave a {type(config).__name__}; expected an ml_collections.ConfigDict"
         )
+    if part is not None and path is not None:
+        config = part(config)
     known = set(_keys(default()))
     for key in _keys(config):
         if key not in known:
@@ -199,7 +192,7 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
     from ml_collections import ConfigDict
 
     for key in config:
-        value = config.get_ref(key).get() if isinstance(config, ConfigDict) else config[key]
+        value = config[key]
         if isinstance(value, ConfigDict):
             yield from _keys(value, f"{prefix}{key}.")
         else:
@@ -212,19 +205,22 @@ def _help(command: Command) -> str:
     values = Flags()
     command.define(values)
     lines = [command.summary, "", "example:", *(f"  {line}" for line in command.example.splitlines())]
+    if command.arguments:
+        lines += ["", "arguments:", f"  {command.arguments}"]
     defined = [values[flag] for flag in values]
     if defined:
         lines += ["", "flags:"]
         for flag in defined:
             default = "" if flag.default in (None, "", [], False) else f" (default {flag.default})"
-            lines.append(f"  --{flag.name:<12} {flag.help}{default}")
+            text = flag.help.partition(";\n")[0]  # absl's own words on repeated flags
+            lines.append(f"  --{flag.name:<12} {text}{default}")
     if command.config is not None:
         lines += ["", "config: a Python file with get_config(), each key also as --config.KEY=VALUE.", ""]
         from distiljax.data.config import default_data_config
         from distiljax.distill.config import shared_config
 
         function = _config_function(command.config)
-        for described in (function, shared_config):
+        for described in (function, *([] if command.config_part else [shared_config])):
             lines += (inspect.getdoc(described) or "").splitlines()[2:]
         lines += ["", "keys of data:", "", *(inspect.getdoc(default_data_config) or "").splitlines()[2:]]
         lines += ["", "defaults:", *(f"  {line}" for line in str(function()).strip().splitlines())]
@@ -265,232 +261,7 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO)
 
 
-# The commands. Each imports what it needs only when it runs.
-
-
-def _workdir(values: Flags) -> None:
-    flags.DEFINE_string("workdir", None, "the run directory; made if it is not there", flag_values=values)
-
-
-def _needed(values: Flags, *names: str) -> list[Any]:
-    for name in names:
-        if values[name].value in (None, "", []):
-            raise UserError(f"--{name} is missing: {_one_line(values[name].help)}")
-    return [values[name].value for name in names]
-
-
-def _config_function(name: str) -> Callable[[], ConfigDict]:
+def _config_function(name: str) -> Any:
     from distiljax.distill import config
 
     return getattr(config, name)
-
-
-def _train(kind: str) -> Callable[[Flags, list[str]], int]:
-    def run(values: Flags, rest: list[str]) -> int:
-        del rest
-        (workdir,) = _needed(values, "workdir")
-        import distiljax
-
-        result = (distiljax.distill if kind == "distill" else distiljax.pretrain)(values.config, workdir)
-        step = result.facts["steps"]
-        if not result.finished:
-            print(
-                f"stopped at step {step}, saved in {workdir}; the same command goes on from there",
-                file=sys.stderr,
-            )
-            return 0
-        best = result.facts["best"] or result.facts["validation"]
-        figures = f"loss {best['loss']:.4f}, masked-LM accuracy {100 * best['mlm_accuracy']:.1f} %"
-        print(f"finished at step {step}; best on held-out text at step {best['step']}: {figures}; {workdir}")
-        return 0
-
-    return run
-
-
-def _define_evaluate(values: Flags) -> None:
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "a run: its teacher, its student now and before, on its own held-out rows",
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string(
-        "model", [], "NAME=PATH of a model, repeated; the first is the reference", flag_values=values
-    )
-    flags.DEFINE_string(
-        "data",
-        None,
-        "with --model: a directory of prepared rows, such as WORKDIR/data/validation of a run",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("rows", 0, "how many rows; 0 = all", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", "compute dtype: float32 or bfloat16", flag_values=values)
-    flags.DEFINE_string("out", None, "also write the result as JSON to this file", flag_values=values)
-    flags.DEFINE_bool("json", False, "print JSON in place of the table", flag_values=values)
-
-
-def _evaluate(values: Flags, rest: list[str]) -> int:
-    del rest
-    if bool(values.workdir) == bool(values.model):
-        raise UserError("give either --workdir=RUN or --model=NAME=PATH … with --data=DIR")
-    from pathlib import Path
-
-    import distiljax
-    from distiljax.report import print_retention_table
-    from distiljax.train.run import write_json
-
-    if values.workdir:
-        evaluation = distiljax.evaluate_run(values.workdir, rows=values.rows, dtype=values.dtype)
-    else:
-        (data,) = _needed(values, "data")
-        models = {}
-        for spec in values.model:
-            name, equals, path = spec.partition("=")
-            if name in models or not name or (equals and not path):
-                raise UserError(f"--model={spec}; expected NAME=PATH, each name once")
-            models[name] = path if equals else spec
-        evaluation = distiljax.evaluate_models(models, data, rows=values.rows, dtype=values.dtype)
-    if values.out:
-        write_json(Path(values.out), evaluation)
-    if values.json:
-        print(json.dumps(evaluation, indent=2))
-    else:
-        print_retention_table(evaluation)
-    return 0
-
-
-def _define_predict(values: Flags) -> None:
-    flags.DEFINE_string(
-        "model", None, "a run directory, a Hugging Face directory or a hub name", flag_values=values
-    )
-    flags.DEFINE_string("file", None, "read texts from this file, one a line", flag_values=values)
-    flags.DEFINE_integer("top_k", 5, "how many words for each [MASK]", flag_values=values)
-    flags.DEFINE_integer("batch_size", 16, "texts at once", flag_values=values)
-    flags.DEFINE_bool("json", False, "one JSON object a text", flag_values=values)
-
-
-def _predict(values: Flags, rest: list[str]) -> int:
-    (model,) = _needed(values, "model")
-    texts = _texts(values.file, rest)
-    import distiljax
-
-    module, params = distiljax.from_pretrained(model)
-    tokenizer = distiljax.load_tokenizer(model)
-    for result in distiljax.fill_mask(
-        module, params, tokenizer, texts, top_k=values.top_k, batch_size=values.batch_size
-    ):
-        if values.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
-            continue
-        print(result["text"])
-        for number, choices in enumerate(result["masks"], 1):
-            if len(result["masks"]) > 1:
-                print(f"  [MASK] {number}")
-            for choice in choices:
-                print(f"  {choice['score']:7.4f}  {choice['token']:<16} {choice['filled']}", flush=True)
-    return 0
-
-
-def _texts(file: str | None, arguments: list[str]) -> Iterator[str]:
-    if file and arguments:
-        raise UserError("give texts either as arguments or with --file")
-    if arguments:
-        return iter(arguments)
-    if not file and sys.stdin.isatty():
-        raise UserError("no text; give it as an argument, with --file, or on standard input")
-
-    def lines() -> Iterator[str]:
-        try:
-            with open(file, encoding="utf-8") if file else contextlib.nullcontext(sys.stdin) as source:
-                for line in source:
-                    if line.strip():
-                        yield line.rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file or 'standard input'} is not UTF-8 ({error.reason}); convert it first"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"--file {file} cannot be read ({error.strerror}); give a text file, one text a line"
-            ) from error
-
-    return lines()
-
-
-def _define_export(values: Flags) -> None:
-    flags.DEFINE_string("workdir", None, "the run directory of a pretrain or distill run", flag_values=values)
-    flags.DEFINE_string("out", None, "the Hugging Face directory to write", flag_values=values)
-    flags.DEFINE_string("checkpoint", "best", "best (lowest held-out loss) or last", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "replace what stands at --out", flag_values=values)
-
-
-def _export(values: Flags, rest: list[str]) -> int:
-    del rest
-    workdir, out = _needed(values, "workdir", "out")
-    import distiljax
-
-    path = distiljax.export(workdir, out, checkpoint=values.checkpoint, overwrite=values.overwrite)
-    print(f'wrote {path}; in Python: transformers.AutoModelForMaskedLM.from_pretrained("{path}")')
-    return 0
-
-
-def _define_report(values: Flags) -> None:
-    flags.DEFINE_multi_string(
-        "workdir", [], "a run directory; repeat it for several runs", flag_values=values
-    )
-    flags.DEFINE_string(
-        "out", None, "where report.md and plots/ go; the last run directory by default", flag_values=values
-    )
-
-
-def _report(values: Flags, rest: list[str]) -> int:
-    del rest
-    (workdirs,) = _needed(values, "workdir")
-    import distiljax
-
-    print(f"wrote {distiljax.write_report(workdirs, values.out or workdirs[-1])}")
-    return 0
-
-
-COMMANDS = {
-    "pretrain": Command(
-        "Train or adapt a masked language model, such as a teacher for your own text.",
-        "distiljax pretrain --config.model=bert-base-uncased --config.data.source='notes/*.txt' --workdir=runs/teacher",
-        _workdir,
-        _train("pretrain"),
-        "pretrain_config",
-    ),
-    "distill": Command(
-        "Distil a teacher into a student of half its depth; the same command resumes a run.",
-        "distiljax distill --config=configs/distilbert_base.py --workdir=runs/distilbert",
-        _workdir,
-        _train("distill"),
-        "distill_config",
-    ),
-    "evaluate": Command(
-        "Masked-LM accuracy, size and speed of models side by side.",
-        "distiljax evaluate --workdir=runs/distilbert\n"
-        "distiljax evaluate --model=teacher=bert-base-uncased --model=student=out/student --data=DIR_OF_ROWS",
-        _define_evaluate,
-        _evaluate,
-    ),
-    "predict": Command(
-        "The likeliest words for every [MASK].",
-        "distiljax predict --model=runs/distilbert 'Paris is the [MASK] of France.'",
-        _define_predict,
-        _predict,
-        arguments=True,
-    ),
-    "export": Command(
-        "Write a run's model as a Hugging Face directory.",
-        "distiljax export --workdir=runs/distilbert --out=out/distilbert",
-        _define_export,
-        _export,
-    ),
-    "report": Command(
-        "Write report.md with tables and plots of one or more runs.",
-        "distiljax report --workdir=runs/distilbert",
-        _define_report,
-        _report,
-    ),
-}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from distiljax.data.metadata import Statistics
 from distiljax.errors import UserError
 
-if TYPE_CHECKING:
-    import tokenizers
-
-# Characters of text given to the tokenizer at once (it spreads a batch over the cores) and at most in one
-# piece: a token's bookkeeping takes about 100 bytes, so a document of any size needs no more than some 50 MB.
-BATCH_CHARACTERS = 1 << 20
+# Characters of text given to the tokenizer at once (it may spread a batch over the cores) and at most in one piece: a
+# token's bookkeeping takes some 100 bytes until the batch is done.
+BATCH_CHARACTERS = 1 << 18
 PIECE_CHARACTERS = 1 << 17
 
 
@@ -34,15 +30,67 @@ def check_tokenizer(tokenizer: Any) -> None:
             raise UserError(f"tokenizer {name} has no {token} token; expected a BERT-family tokenizer")
 
 
+class Tokeniser:
+    """A fast tokenizer's Rust part, which neither truncates nor pads and takes special tokens for text.
+
+    Built from JSON, so that worker processes make theirs without importing transformers.
+
+    Args:
+      backend: the tokenizer.json, as text.
+      cls_id: begins an example.
+      sep_id: ends an example.
+      unknown_id: the unknown token, None if the tokenizer has none.
+    """
+
+    def __init__(self, backend: str, cls_id: int, sep_id: int, unknown_id: int | None) -> None:
+        import tokenizers
+
+        self.cls_id, self.sep_id, self.unknown_id = cls_id, sep_id, unknown_id
+        self._backend = tokenizers.Tokenizer.from_str(backend)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        prefix = getattr(self._backend.model, "continuing_subword_prefix", None)
+        self._continues: np.ndarray | None = None
+        if isinstance(self._backend.model, tokenizers.models.WordPiece) and prefix:
+            vocabulary = self._backend.get_vocab()
+            self._continues = np.zeros(max(vocabulary.values()) + 1, bool)
+            self._continues[[index for token, index in vocabulary.items() if token.startswith(prefix)]] = True
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Tokeniser:
+        """The Tokeniser of a transformers tokenizer.
+
+        Raises:
+          UserError: it is not a fast one or lacks [CLS], [SEP] or [PAD].
+        """
+        check_tokenizer(tokenizer)
+        ids = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id
+        return cls(tokenizer.backend_tokenizer.to_str(), *ids)
+
+    def encode(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The token ids of each text, and which of them continue the word of the token before: int32, bool [tokens]."""
+        if self._continues is not None:
+            # The tokens say it themselves ("##ing"), so the slower call that keeps track of words is not needed.
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False):
+                ids = np.array(encoding.ids, np.int32)
+                yield ids, self._continues[ids]
+        else:
+            for encoding in self._backend.encode_batch(texts, add_special_tokens=False):
+                words = np.array(encoding.word_ids, np.float64)  # None → NaN, which equals nothing
+                continues = np.zeros(len(words), bool)
+                continues[1:] = words[1:] == words[:-1]
+                yield np.array(encoding.ids, np.int32), continues
+
+
 def examples(
-    texts: Iterable[str],
-    tokenizer: Any,
+    documents: Iterable[tuple[str, Statistics]],
+    tokeniser: Tokeniser,
     *,
     seq_len: int,
     min_tokens: int = 12,
     max_unknown: float = 0.5,
-    statistics: Statistics | None = None,
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, Statistics]]:
     """Tokenises texts and cuts them into examples.
 
     The filters are those of the original DistilBERT script: split over the limit, drop 11 tokens or fewer,
@@ -50,29 +98,23 @@ def examples(
     BERT, are tokenised as the text they are.
 
     Args:
-      texts: the documents.
-      tokenizer: a fast transformers tokenizer; it is not changed.
+      documents: texts, each with the counters that what becomes of it is added to.
+      tokeniser: of the teacher.
       seq_len: the longest example, [CLS] and [SEP] included.
       min_tokens: shorter examples are dropped, [CLS] and [SEP] counted.
       max_unknown: examples with at least this share of unknown tokens are dropped.
-      statistics: counters to add to.
 
     Yields:
-      int32 arrays [length], `min_tokens` ≤ length ≤ `seq_len`.
-
-    Raises:
-      UserError: the tokenizer is not a fast one or lacks [CLS], [SEP] or [PAD].
+      int32 arrays [length], `min_tokens` ≤ length ≤ `seq_len`, each with the counters of its text.
     """
-    check_tokenizer(tokenizer)
-    count = statistics if statistics is not None else Statistics()
-    backend = _plain_backend(tokenizer)
-    cls_id, sep_id, unknown_id = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id
-    for batch in _batches(texts):
-        for encoding in backend.encode_batch(batch, add_special_tokens=False):
-            ids, words = encoding.ids, encoding.word_ids
-            for start, end in word_spans(words, seq_len - 2):
-                example = np.array([cls_id, *ids[start:end], sep_id], np.int32)
-                unknown = int(np.count_nonzero(example == unknown_id)) if unknown_id is not None else 0
+    for texts, counters in _batches(documents):
+        for (ids, continues), count in zip(tokeniser.encode(texts), counters, strict=True):
+            for start, end in word_spans(continues, seq_len - 2):
+                example = np.empty(end - start + 2, np.int32)
+                example[0], example[1:-1], example[-1] = tokeniser.cls_id, ids[start:end], tokeniser.sep_id
+                unknown = 0
+                if tokeniser.unknown_id is not None:
+                    unknown = int(np.count_nonzero(example == tokeniser.unknown_id))
                 if len(example) < min_tokens:
                     count.dropped_short += 1
                 elif unknown >= max_unknown * len(example):
@@ -81,58 +123,49 @@ def examples(
                     count.examples += 1
                     count.tokens += len(example)
                     count.unknown_tokens += unknown
-                    yield example
+                    yield example, count
 
 
-def word_spans(words: Sequence[int | None], limit: int) -> Iterator[tuple[int, int]]:
+def word_spans(continues: Sequence[bool] | np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
     """Cuts a token sequence into consecutive spans of at most `limit` tokens, between words.
 
     Args:
-      words: the number of the word that each token belongs to.
+      continues: for each token whether it belongs to the word of the token before.
       limit: tokens in a span; a single word longer than this is cut all the same.
 
     Yields:
       Ranges (start, end); in order they cover every token exactly once.
     """
     start = 0
-    while start < len(words):
-        end = min(start + limit, len(words))
-        if end < len(words):
+    while start < len(continues):
+        end = min(start + limit, len(continues))
+        if end < len(continues):
             cut = end
-            while cut > start and words[cut] == words[cut - 1]:
+            while cut > start and continues[cut]:
                 cut -= 1
             end = cut if cut > start else end
         yield start, end
         start = end
 
 
-def _plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
-    """A copy of the Rust tokenizer that neither truncates nor pads and takes special tokens for text."""
-    import tokenizers
-
-    # Unset, tokenizers turns its threads off, with a warning, in a process that has forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(
+    documents: Iterable[tuple[str, Statistics]],
+) -> Iterator[tuple[list[str], list[Statistics]]]:
     """Groups of pieces of about BATCH_CHARACTERS characters."""
     batch: list[str] = []
+    counters: list[Statistics] = []
     characters = 0
-    for text in texts:
+    for text, count in documents:
         for piece in _pieces(text, PIECE_CHARACTERS):
             batch.append(piece)
+            counters.append(count)
             # The constant keeps a stream of empty or tiny texts from making a huge batch.
             characters += len(piece) + 64
             if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
+                yield batch, counters
+                batch, counters, characters = [], [], 0
     if batch:
-        yield batch
+        yield batch, counters
 
 
 def _pieces(text: str, limit: int) -> Iterator[str]:

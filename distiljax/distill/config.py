@@ -179,3 +179,28 @@ def pretrain_config() -> ConfigDict:
     config.attention_dropout = 0.1
     config.update(shared_config())
     return config
+
+
+def prepare_config() -> ConfigDict:
+    """The config of `distiljax prepare` with every key at its default; the config of a run will do, too.
+
+    tokenizer                           hub name or directory; in a run's config its teacher's or model's by default
+    """
+    config = ConfigDict()
+    config.tokenizer = ""
+    config.data = default_data_config()
+    return config
+
+
+def prepare_part(config: ConfigDict) -> ConfigDict:
+    """What `prepare` needs of a run's config, and anything else that it would not know.
+
+    A config that has no teacher or model is returned as it is, to be checked as one of `prepare`.
+    """
+    model = config.get("teacher") or config.get("model")
+    if not model or "data" not in config:
+        return config
+    part = prepare_config()
+    part.tokenizer = config.get("tokenizer") or model
+    part.data = config.data
+    return part

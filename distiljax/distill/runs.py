@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distiljax.data import Metadata, RowLoader, prepare
+from distiljax.data import Metadata, RowLoader
+from distiljax.data.metadata import METADATA_FILE
+from distiljax.data.watch import prepare_watched
 from distiljax.distill.config import check_ranges
 from distiljax.distill.evaluator import Evaluator, full_counts
 from distiljax.distill.masking import Masking, masking_weights
@@ -26,7 +27,7 @@ from distiljax.distill.step import (
     make_train_step,
 )
 from distiljax.distill.student import Params, student_of
-from distiljax.errors import Stopped, UserError
+from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
 from distiljax.train.format import human_count
@@ -34,9 +35,7 @@ from distiljax.train.load import from_pretrained, load_tokenizer
 from distiljax.train.loop import Outcome, Schedule, run_loop
 from distiljax.train.optimizer import make_optimizer
 from distiljax.train.parallel import Parallel
-from distiljax.train.progress import CountProgress
 from distiljax.train.run import RESULT, TOKENIZER, machine, open_run, read_json, write_json, write_model
-from distiljax.train.signals import stop_signals
 from distiljax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -172,11 +171,8 @@ def _run(
         mask=config.masking.mask,
         random=config.masking.random,
     )
-    if config.data.seq_len > models.student.config.max_positions:
-        raise UserError(
-            f"data.seq_len is {config.data.seq_len}; expected at most {models.student.config.max_positions}, "
-            "the model's positions"
-        )
+    if not config.data_dir:
+        _check_length(config.data.seq_len, models)
     tokenizer.save_pretrained(path / TOKENIZER)
     write_model(
         path,
@@ -185,10 +181,15 @@ def _run(
         encoder=dataclasses.asdict(models.student.config),
         source=config.get("teacher") or config.get("model"),
     )
-    train_rows, held_out = prepare_corpus(config, path, tokenizer)
-    RowLoader(train_rows, config.batch_size, config.seed)  # refuses a corpus of less than one batch
-    metadata = Metadata.load(train_rows)
-    total_steps = config.steps or math.ceil(config.epochs * metadata.num_rows / config.batch_size)
+    directory, corpora = prepare_corpus(config, path, tokenizer)
+    train_rows, held_out, metadata = directory / "train", directory / "validation", corpora["train"]
+
+    def batches(start: int) -> RowLoader:
+        return RowLoader(train_rows, config.batch_size, config.seed, weights=metadata.weights, start=start)
+
+    loader = batches(0)  # refuses a corpus of less than one batch
+    _check_length(metadata.seq_len, models)
+    total_steps = config.steps or loader.steps(config.epochs)
     fixed = {POSITION_TABLE} if models.student.config.position_kind == "sinusoidal" else set()
     optimizer, learning_rate = make_optimizer(config.optimizer, total_steps, fixed)
 
@@ -212,7 +213,7 @@ def _run(
         models, recipe, masking, parallel, config.eval.batch_size or config.batch_size // micro_batches
     )
 
-    _log_start(config, kind, models, params, metadata, parallel, total_steps, micro_batches)
+    _log_start(config, kind, models, params, loader, parallel, total_steps, micro_batches)
     outcome = run_loop(
         description="distilling" if kind == "distill" else "training",
         workdir=path,
@@ -222,7 +223,7 @@ def _run(
         parallel=parallel,
         state=jax.device_get(TrainState.create(params, optimizer)),
         step=lambda state, rows: step(state, frozen, rows),
-        batches=lambda start: RowLoader(train_rows, config.batch_size, config.seed, start=start),
+        batches=batches,
         evaluate=lambda params: evaluator(params, eval_frozen, held_out, config.eval.rows),
     )
     facts = _facts(kind, outcome, models, params, teacher_params)
@@ -231,26 +232,16 @@ def _run(
     return Result(path, outcome.finished, facts)
 
 
-def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, Path]:
-    """The directories of training and held-out rows, prepared now or before."""
+def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, dict[str, Metadata]]:
+    """The directory of the training and held-out rows, prepared now or before, and what is in it."""
     directory = Path(config.data_dir or workdir / "data")
-    paths = []
-    for name in ("train", "validation"):
-        with (
-            stop_signals("stopping") as received,
-            CountProgress(f"preparing {name} rows", enabled=jax.process_index() == 0) as progress,
-        ):
-
-            def update(
-                documents: int, tokens: int, show: Any = progress, received: list[int] = received
-            ) -> None:
-                show.update(documents, tokens)
-                if received:
-                    raise Stopped(
-                        received[0], "stopped while preparing the text; the same command starts again"
-                    )
-
-            metadata = prepare(config.data, name, tokenizer, directory / name, progress=update)
+    if not (directory / "train" / METADATA_FILE).is_file():
+        log.info("%s has no prepared rows yet; preparing them from %s", directory, config.data.source)
+    # Whoever names a directory means what is in it, and need not repeat every setting that it was made with.
+    corpora = prepare_watched(
+        config.data, tokenizer, directory, adopt=bool(config.data_dir), show=jax.process_index() == 0
+    )
+    for name, metadata in corpora.items():
         log.info(
             "%s: %s rows of %d, %s tokens, %.1f %% filled",
             name,
@@ -259,8 +250,13 @@ def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[P
             human_count(metadata.statistics["tokens"]),
             100 * metadata.fill_rate,
         )
-        paths.append(directory / name)
-    return paths[0], paths[1]
+    return directory, corpora
+
+
+def _check_length(seq_len: int, models: Models) -> None:
+    positions = models.student.config.max_positions
+    if seq_len > positions:
+        raise UserError(f"data.seq_len is {seq_len}; expected at most {positions}, the model's positions")
 
 
 def _is_fresh(head: Params) -> bool:
@@ -336,7 +332,7 @@ def _log_start(
     kind: str,
     models: Models,
     params: Params,
-    metadata: Metadata,
+    loader: RowLoader,
     parallel: Parallel,
     total_steps: int,
     micro_batches: int,
@@ -356,6 +352,6 @@ def _log_start(
         f"{total_steps:,}",
         f"{config.batch_size:,}",
         micro_batches,
-        total_steps * config.batch_size / metadata.num_rows,
-        f"{metadata.num_rows:,}",
+        total_steps / loader.steps_per_epoch,
+        f"{loader.num_rows:,}",
     )

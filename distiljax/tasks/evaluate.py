@@ -221,12 +221,12 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
     else:
         candidates = [dataclasses.replace(candidates[0], name="model")]
     tokenizer = load_tokenizer(path)
-    train_rows, held_out = prepare_corpus(config, path, tokenizer)
+    directory, corpora = prepare_corpus(config, path, tokenizer)
     evaluation = evaluate_models(
         candidates,
-        held_out,
+        directory / "validation",
         tokenizer=tokenizer,
-        masking_counts=Metadata.load(train_rows).token_counts(train_rows),
+        masking_counts=corpora["train"].token_counts(directory / "train"),
         masking={**stored["masking"], "smoothing": stored["eval"]["smoothing"]},
         dtype=dtype,
         rows=rows,

@@ -18,6 +18,7 @@ from distiljax.errors import UserError
 from distiljax.train.checkpoint import Checkpointer
 from distiljax.train.metrics import MetricWriter
 from distiljax.train.parallel import Parallel
+from distiljax.train.prefetch import Prefetch
 from distiljax.train.progress import Progress
 from distiljax.train.signals import stop_signals
 from distiljax.train.state import TrainState
@@ -79,11 +80,11 @@ def run_loop(
       parallel: how state and rows lie on the devices.
       state: the state before the first step, on the host.
       step: the wrapped step, `(state, rows) -> (state, metrics)`; it may reuse the state's buffers.
-      batches: this process's batches from the given step on.
+      batches: this process's batches from the given step on, endless; read and put on the devices in a thread.
       evaluate: metrics of (replicated) parameters on held-out rows; `loss` decides which are best.
 
     Raises:
-      UserError: the loss is not finite; nothing is saved then.
+      UserError: the loss is not finite, and nothing is saved then; or what `batches` raises.
     """
     checkpointer = Checkpointer(workdir, schedule.keep)
     main = jax.process_index() == 0
@@ -127,13 +128,13 @@ def run_loop(
             checkpointer.save(outcome.step, parallel.unreplicate(state), dataclasses.asdict(facts))
 
         began = time.monotonic() - outcome.seconds
+        left = outcome.step < schedule.total_steps
+        source = stack.enter_context(Prefetch(batches(outcome.step) if left else (), parallel.shard))
         if outcome.step == 0:
             validate()
         window = _Window(parallel)
-        source = iter(batches(outcome.step)) if outcome.step < schedule.total_steps else iter(())
         while outcome.step < schedule.total_steps and not stopping:
-            with window.waiting():
-                rows = parallel.shard(next(source))
+            rows = window.next(source)
             # Nothing but what is asked for crosses between host and device while the devices work.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, rows)
@@ -185,12 +186,16 @@ class _Window:
     def steps(self) -> int:
         return len(self._metrics)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in here is waiting for data."""
+    def next(self, source: Prefetch[Any]) -> Any:
+        """The next batch; what counts as waiting is the time for which the devices have nothing to do."""
+        # One step runs, one is queued. More would only hold the memory of more batches.
+        jax.block_until_ready(self._metrics[-2:-1])
+        if not source.ready:
+            jax.block_until_ready(self._metrics[-1:])
         began = time.monotonic()
-        yield
+        rows = next(source)
         self._waited += time.monotonic() - began
+        return rows
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -205,7 +210,7 @@ class _Window:
         self._metrics.append(metrics)
 
     def values(self) -> dict[str, float]:
-        """Means over the steps so far; `tokens` is a sum; tokens/s, and the share of time spent waiting for data."""
+        """Means over the steps so far; `tokens` is a sum; tokens/s, and the share of time without data to work on."""
         fetched = jax.device_get(self._parallel.unreplicate(self._metrics))
         seconds = time.monotonic() - self._began
         values = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}

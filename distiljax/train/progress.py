@@ -153,39 +153,35 @@ class Progress(_Display):
         return f"{self._completed:,}/{self._total:,}"
 
 
-class CountProgress(_Display):
-    """Progress through data whose amount may be unknown, as a context manager.
+class StageProgress(_Display):
+    """Progress through the parts of one stage of work after the other, as a context manager.
 
-    Shows items done (of `total` where known), tokens, tokens/s and the time since the start; quiet in the
-    same way as Progress. `unit` names the items in the plural.
+    Shows the stage's parts done and their total, documents, tokens, tokens/s and the time left in the stage; quiet in
+    the same way as Progress.
     """
 
     def __init__(
-        self,
-        description: str,
-        total: int | None = None,
-        *,
-        unit: str = "documents",
-        enabled: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        self, description: str, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(description, total, 0, enabled, clock)
-        self._unit = unit
+        super().__init__(description, None, 0, enabled, clock)
+        self._what, self._stage, self._since = description, "", clock()
 
-    def update(self, done: int, tokens: int = 0) -> None:
-        """Shows the running totals: `done` items and `tokens` tokens so far."""
-        elapsed = self._elapsed()
-        facts = []
+    def update(self, stage: str, done: int, total: int, documents: int, tokens: int) -> None:
+        """Shows that `done` of `total` parts of `stage` are done, and the running totals."""
+        if stage != self._stage:
+            self._stage, self._anchor, self._since = stage, None, self._clock()
+            self._description = f"{self._what}: {stage}"
+        self._total = total
+        facts = [f"{documents:,} documents"] if documents else []
         if tokens:
-            facts = [f"{human_count(tokens)} tokens"]
-            if elapsed > 0:
+            facts.append(f"{human_count(tokens)} tokens")
+            if (elapsed := self._clock() - self._since) > 0:
                 facts.append(f"{human_count(tokens / elapsed)} tokens/s")
         self._completed = done
         self._show(done, self._counter(), facts)
 
     def _counter(self) -> str:
-        of = "" if self._total is None else f"/{self._total:,}"
-        return f"{self._completed:,}{of} {self._unit}"
+        return "" if self._total is None else f"{self._completed:,}/{self._total:,} parts"
 
 
 def stage(title: str, index: int, total: int) -> None:

@@ -11,15 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distiljax.data import examples as module
-from distiljax.data.examples import examples, word_spans
+from distiljax.data.examples import Tokeniser, word_spans
 from distiljax.data.metadata import Statistics
 from distiljax.errors import UserError
+
+
+def examples(texts, tokenizer, statistics=None, **options):
+    """The examples of some texts, counted together."""
+    count = Statistics() if statistics is None else statistics
+    tokeniser = tokenizer if isinstance(tokenizer, Tokeniser) else Tokeniser.of(tokenizer)
+    for example, counted in module.examples(((text, count) for text in texts), tokeniser, **options):
+        assert counted is count
+        yield example
 
 
 @given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 12))
 def test_spans_cover_all_tokens_and_cut_only_words_over_the_limit(word_lengths, limit):
     words = [word for word, length in enumerate(word_lengths) for _ in range(length)]
-    spans = list(word_spans(words, limit))
+    continues = [index > 0 and words[index] == words[index - 1] for index in range(len(words))]
+    spans = list(word_spans(continues, limit))
     assert [i for start, end in spans for i in range(start, end)] == list(range(len(words)))
     assert all(0 < end - start <= limit for start, end in spans)
     for _, end in spans[:-1]:
@@ -81,9 +91,9 @@ def test_a_huge_document_is_tokenised_in_pieces(tokenizer, monkeypatch):
     found = list(examples([" ".join(words)], tokenizer, seq_len=64, min_tokens=3))
     whole = [token for example in found for token in example[1:-1]]
     assert whole == ids(tokenizer, "the un ##believ ##able river was in " * 200)
-    batches = list(module._batches([" ".join(words)]))
+    batches = list(module._batches([(" ".join(words), Statistics())]))
     assert len(batches) > 5
-    assert all(len(piece) <= 100 for batch in batches for piece in batch)
+    assert all(len(piece) <= 100 for batch, _ in batches for piece in batch)
 
 
 @given(st.text("ab \n", max_size=200), st.integers(1, 20))
@@ -116,7 +126,27 @@ def test_pieces_do_not_change_byte_level_tokens(monkeypatch):
 
 
 def test_many_empty_texts_do_not_make_one_batch():
-    assert sum(1 for _ in module._batches("" for _ in range(100_000))) > 5
+    count = Statistics()
+    assert sum(1 for _ in module._batches(("", count) for _ in range(100_000))) > 5
+
+
+def test_every_example_carries_the_counters_of_its_text(tokenizer):
+    one, other = Statistics(), Statistics()
+    documents = [("the river " * 30, one), ("x", other), ("that was it " * 5, other)]
+    found = list(module.examples(iter(documents), Tokeniser.of(tokenizer), seq_len=32))
+    assert [count is one for _, count in found] == [True, True, False]
+    assert (one.examples, one.tokens, one.dropped_short) == (2, 64, 0)
+    assert (other.examples, other.tokens, other.dropped_short) == (1, 17, 1)
+
+
+def test_words_are_the_same_whoever_names_them(tokenizer, monkeypatch):
+    """The tokens' own marks ("##ing") and what the tokenizer has kept track of."""
+    tokeniser = Tokeniser.of(tokenizer)
+    texts = ["the unbelievable river, un-believ-able (as it was) 日本 thes", "", "##able ing##ing [MASK]"]
+    fast = list(tokeniser.encode(texts))
+    monkeypatch.setattr(tokeniser, "_continues", None)
+    for (ids, marked), (ids_again, tracked) in zip(fast, tokeniser.encode(texts), strict=True):
+        assert ids.tolist() == ids_again.tolist() and marked.tolist() == tracked.tolist()
 
 
 def test_transformers_does_not_warn_about_length(tokenizer, caplog):
@@ -131,13 +161,13 @@ def test_a_slow_or_incomplete_tokenizer_is_refused(tokenizer):
         name_or_path = "slow"
 
     with pytest.raises(UserError, match="tokenizer slow is not a fast tokenizer"):
-        next(examples(["x"], Slow(), seq_len=8))
+        Tokeniser.of(Slow())
 
     from transformers import PreTrainedTokenizerFast
 
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="bare")
     with pytest.raises(UserError, match="tokenizer bare has no cls token"):
-        next(examples(["x"], bare, seq_len=8))
+        Tokeniser.of(bare)
 
 
 def test_same_ids_as_transformers_on_a_real_tokenizer():

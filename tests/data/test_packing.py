@@ -90,7 +90,7 @@ def test_batch_of_packed_rows_keeps_the_contract(lengths, vocab_size):
     dtype = rows.token_dtype(vocab_size)
     packed = list(packing.pack(numbered_examples(lengths), CAPACITY))
     records = [rows.encode_row(row, dtype) for row in packed]
-    batch = rows.make_batch([rows.decode_row(r, dtype, CAPACITY, vocab_size) for r in records], CAPACITY, 999)
+    batch = rows.make_batch(rows.decode_rows(records, dtype, CAPACITY, vocab_size), CAPACITY, 999)
 
     assert {key: (a.shape, a.dtype) for key, a in batch.items()} == {
         key: ((len(packed), CAPACITY), np.dtype(np.int32))

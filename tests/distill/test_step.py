@@ -1,6 +1,8 @@
 """The train step: one update whatever the devices, the wrapping and the micro-batches; parity with PyTorch."""
 
+import pathlib
 import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from distiljax.distill.masking import MaskedRows, Masking, masking_weights
+from distiljax.distill.masking import MaskedRows, Masking, mask_tokens, masking_weights
 from distiljax.distill.step import (
     PROJECTION,
     Models,
@@ -32,6 +34,7 @@ TEACHER = EncoderConfig(
 SPECIAL = (0, 1, 2, 3, 4)
 WEIGHTS = masking_weights(np.arange(V), SPECIAL, 0.7)
 MASKING = Masking(mask_token_id=4, vocab_size=V)
+PACKING = str(pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_packing.py")
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +318,28 @@ def test_weight_decay_spares_fixed_tables(models):
     mask = traverse_util.flatten_dict(decayed(models[1], {table}))
     assert mask.pop(table) is False
     assert mask["encoder", "embeddings", "word", "embedding"] is True
+
+
+def test_packed_rows_give_the_loss_and_gradient_of_padded_ones_with_the_same_masks(models):
+    teacher, teacher_params = models
+    recipe = Recipe(mse=0.1)
+    student, params = student_of(teacher, teacher_params)
+    networks = Models(
+        student.clone(config=student.config.replace(hidden_dropout=0.0, attention_dropout=0.0)), teacher
+    )
+    keys = jax.random.split(jax.random.key(3), B)
+    packed = mask_tokens(keys, batch(0), jnp.asarray(WEIGHTS), MASKING)
+    padded = runpy.run_path(PACKING)["unpacked"](packed)
+    assert len(padded.input_ids) > 1.5 * B
+    assert padded.masked_weights.sum() == packed.masked_weights.sum()
+
+    def loss(params, rows):
+        metrics = term_means(recipe, distillation_terms(networks, recipe, params, teacher_params, rows, None))
+        return metrics["loss"], metrics
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    gradients, metrics = zip(gradient(params, packed), gradient(params, padded), strict=True)
+    for name, value in metrics[0].items():
+        np.testing.assert_allclose(value, metrics[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -161,7 +161,7 @@ def test_an_unknown_config_key(refused, tmp_path, flags):
         ({"student.layers": "'abc'"}, ("abc", "layer indices")),
         ({"student.layers": "(0,1.7)"}, ("1.7", "layer indices")),
         ({"student.layers": "()"}, ("()", "indices")),
-        ({"data.text_field": "body", "data.unit": "sentence"}, ("sentence",)),
+        ({"data.text_field": "body", "data.unit": "chapter"}, ("chapter",)),
     ],
 )
 def test_values_outside_their_range(refused, teacher, flags, tmp_path, options, words):

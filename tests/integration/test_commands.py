@@ -148,7 +148,8 @@ def test_every_option_of_the_recipe_runs(tmp_path, teacher, flags, mode):
         optimizer__weight_decay=0.01,
         parallel__mode=mode,
         dtype="bfloat16",
-        data__pack=False,
+        data__layout="bucketed",
+        data__buckets=(16, 24),
     )
     assert main(["distill", f"--config.teacher={teacher}", *options, f"--workdir={tmp_path / 'run'}"]) == 0
     # The cosine projection of a narrower student stays behind, whatever is done with it.

@@ -102,10 +102,10 @@ def test_being_told_to_stop_while_preparing_text(tmp_path, teacher, flags, start
         "distill", f"--config.teacher={teacher}", *flags(data__source="docstrings"), f"--workdir={run}"
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(run.glob("data/.train.partial-*")):
+    while time.monotonic() < deadline and not (run / "data" / ".prepare" / "job.json").exists():
         assert process.poll() is None, finish(process)
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     status, errors = finish(process)
     assert status == 0 and "stopped while preparing" in errors and "Traceback" not in errors
-    assert not list((run / "data").iterdir())
+    assert not list((run / "data").glob("*/metadata.json"))

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 import pytest
 
 from distiljax.cli import set_up_logging
-from distiljax.train.progress import PLAIN_INTERVAL, CountProgress, Progress, stage
+from distiljax.train.progress import PLAIN_INTERVAL, Progress, StageProgress, stage
 
 VALUES = {
     "loss": 3.2145,
@@ -81,8 +81,8 @@ def test_disabled_shows_nothing(terminal):
     with redirect_stderr(terminal):
         with Progress("Distilling", 10, enabled=False) as progress:
             progress.update(10, VALUES)
-        with CountProgress("Preparing", enabled=False) as count:
-            count.update(10, 100)
+        with StageProgress("Preparing", enabled=False) as count:
+            count.update("reading", 1, 10, 10, 100)
     assert terminal.getvalue() == ""
 
 
@@ -130,32 +130,29 @@ def test_time_left_counts_from_the_first_update_of_a_resumed_run(capsys):
     assert capsys.readouterr().err.endswith("7 min 30 s left\n")
 
 
-def test_count_progress_with_an_unknown_total(capsys):
+def test_stages_follow_one_another_each_with_its_own_rate_and_time_left(capsys):
     clock = Clock()
-    with CountProgress("Preparing wikipedia", clock=clock) as progress:
-        clock.now += 10
-        progress.update(1_234, 500_000)
-    assert capsys.readouterr().err == (
-        "Preparing wikipedia: 1,234 documents, 500 k tokens, 50.0 k tokens/s, 10 s elapsed\n"
-    )
-
-
-def test_count_progress_with_a_known_total(capsys):
-    clock = Clock()
-    with CountProgress("Reading", total=100, unit="rows", clock=clock) as progress:
-        progress.update(10)
+    with StageProgress("preparing text", clock=clock) as progress:
+        progress.update("reading", 1, 4, 0, 0)
         clock.now += PLAIN_INTERVAL
-        progress.update(40)
+        progress.update("reading", 3, 4, 0, 0)
+        clock.now += PLAIN_INTERVAL
+        progress.update("tokenising", 1, 40, 10, 1000)
+        clock.now += PLAIN_INTERVAL
+        progress.update("tokenising", 11, 40, 1_234, 1_500_000)
     assert capsys.readouterr().err.splitlines() == [
-        "Reading: 10/100 rows, 0 s elapsed",
-        "Reading: 40/100 rows, 30 s elapsed, 1 min left",
+        "preparing text: reading: 1/4 parts, 0 s elapsed",
+        "preparing text: reading: 3/4 parts, 30 s elapsed, 15 s left",
+        "preparing text: tokenising: 1/40 parts, 10 documents, 1.00 k tokens, 1 min elapsed",
+        "preparing text: tokenising: 11/40 parts, 1,234 documents, 1.50 M tokens, 50.0 k tokens/s, 1 min 30 s elapsed, "
+        "1 min 27 s left",
     ]
 
 
-def test_count_progress_on_a_terminal(terminal):
-    with redirect_stderr(terminal), CountProgress("Preparing wikipedia") as progress:
-        progress.update(1_234, 500_000)
-    assert "1,234 documents" in terminal.getvalue() and "500 k tokens" in terminal.getvalue()
+def test_stages_on_a_terminal(terminal):
+    with redirect_stderr(terminal), StageProgress("preparing text") as progress:
+        progress.update("tokenising", 3, 8, 1_234, 500_000)
+    assert "3/8 parts" in terminal.getvalue() and "500 k tokens" in terminal.getvalue()
 
 
 def test_a_stage_heading_keeps_its_brackets_on_a_terminal(terminal):

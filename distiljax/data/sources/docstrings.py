@@ -1,15 +1,15 @@
 """The corpus that every Python installation has: the docstrings of the standard library and of the installed
 packages.
 
-Files are parsed, never imported. Files come in an order that looks random but is the same on every machine
-with the same packages, one file of every package in turn, and a package stops at its share, so that any
-beginning of the corpus is spread over all of them. What is not prose (doctests, code, tables, signatures) is
-left out.
+Files are parsed, never imported. Files come in an order that looks random but is the same on every machine with the
+same packages, one file of every package of a part in turn, and a package stops at its share, so that any beginning of a
+part is spread over many of them. What is not prose (doctests, code, tables, signatures) is left out.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import os
@@ -17,12 +17,17 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from distiljax.data.document import Document
+from distiljax.data.sources.base import Bad, Piece, ReadOptions, check_split, record_documents
+from distiljax.data.sources.spec import SourceSpec
 
 PACKAGE_CHARACTERS = 400_000  # of prose; at most this from one package
 MAX_FILE_BYTES = 400_000  # larger ones are generated tables more often than not, and slow to parse
 MIN_CHARACTERS = 40
+PARTS = 8
+PROSE = 0.1  # bytes of prose in a byte of Python, about
 
 _SKIPPED_DIRECTORIES = {
     "__pycache__",
@@ -37,31 +42,58 @@ _SKIPPED_DIRECTORIES = {
 _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def read(roots: Sequence[str] | None = None) -> Iterator[Document]:
-    """The docstrings as documents; the group of a document is its file, so that a file is held out as a
-    whole.
+class Docstrings:
+    """The docstrings as a source without splits; its parts take turns with the packages."""
 
-    Args:
-      roots: directories to read; by default the standard library and site-packages.
-    """
-    if roots is None:
+    expensive = True  # everything is parsed
+
+    def __init__(self, spec: SourceSpec, roots: Sequence[str] | None = None):
+        """Args:
+        spec: the source.
+        roots: directories to read; by default the standard library and site-packages.
+        """
+        self.spec = spec
+        self._roots = roots
+
+    def splits(self) -> tuple[str, ...]:
+        return ()
+
+    def size(self, split: str | None) -> int:
+        return sum(piece.size for piece in self.pieces(split, 0))
+
+    def pieces(self, split: str | None, target: int) -> list[Piece]:
+        check_split(self.spec.location, split, ())
+        return [
+            Piece("", part, PARTS, sum(self._size(name) for name in self._order[part::PARTS]))
+            for part in range(PARTS)
+        ]
+
+    def read(self, split: str | None, piece: Piece, options: ReadOptions, bad: Bad) -> Iterator[Document]:
+        """The documents of a part of the packages; the group of a document is its file, so that a file is held out as
+        a whole."""
+        names = self._order[piece.part :: piece.parts]
+        turns = {name: _package(self._packages[name]) for name in names}
+        while turns:
+            for name in list(turns):
+                found = next(turns[name], None)
+                if found is None:
+                    del turns[name]
+                    continue
+                for text, file in found:
+                    yield from record_documents(text, options, partial(str, file), bad, group=file)
+
+    @functools.cached_property
+    def _packages(self) -> dict[str, list[tuple[str, str]]]:
         paths = sysconfig.get_paths()
-        roots = [paths["stdlib"], paths["purelib"], paths["platlib"]]
-    seen: set[bytes] = set()
-    packages = _packages(roots)
-    turns = {name: _package(packages[name]) for name in sorted(packages, key=_shuffled)}
-    while turns:
-        for name in list(turns):
-            found = next(turns[name], None)
-            if found is None:
-                del turns[name]
-                continue
-            for document in found:
-                # Exact repetitions (inherited and vendored docstrings) would leak over the holdout.
-                digest = hashlib.blake2b(document.text.encode("utf-8", "replace"), digest_size=16).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    yield document
+        return _packages(self._roots or [paths["stdlib"], paths["purelib"], paths["platlib"]])
+
+    @functools.cached_property
+    def _order(self) -> list[str]:
+        return sorted(self._packages, key=_shuffled)
+
+    def _size(self, name: str) -> int:
+        sizes = [os.stat(path).st_size for _, path in self._packages[name] if os.path.exists(path)]
+        return min(PACKAGE_CHARACTERS, int(PROSE * sum(size for size in sizes if size <= MAX_FILE_BYTES)))
 
 
 def _packages(roots: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
@@ -84,12 +116,12 @@ def _shuffled(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def _package(files: list[tuple[str, str]]) -> Iterator[list[Document]]:
-    """A package's documents, file by file, up to its share."""
+def _package(files: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """A package's (docstring, file), file by file, up to its share."""
     characters = 0
     for relative, path in sorted(files, key=lambda file: _shuffled(file[0])):
-        found = [Document(text, relative) for text in _docstrings(path)]
-        characters += sum(len(document.text) for document in found)
+        found = [(text, relative) for text in _docstrings(path)]
+        characters += sum(len(text) for text, _ in found)
         if found:
             yield found
         if characters >= PACKAGE_CHARACTERS:
@@ -108,7 +140,8 @@ def _docstrings(path: str) -> Iterator[str]:
         return
     for node in _definitions(tree):
         text = prose(ast.get_docstring(node, clean=False) or "")
-        if len(text) >= MIN_CHARACTERS:
+        # Half a character, written as an escape, cannot be tokenised.
+        if len(text) >= MIN_CHARACTERS and not re.search("[\ud800-\udfff]", text):
             yield text
 
 
