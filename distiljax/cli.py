@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
 from distiljax.commands import COMMANDS, Command
-from distiljax.errors import Stopped, UserError
+from distiljax.errors import Failed, Stopped, UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ commands:
 {commands}
 
 `distiljax COMMAND --help` explains a command, its flags and its config keys.
-Exit status: 0 done (or told to stop, state saved), 2 bad input (one line says what).
+Exit status: 0 done (or told to stop, state saved), 1 failed (a lost process, a loss that is not finite), 2 bad input.
 """
 
 
@@ -39,27 +40,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(argv)
-    except UserError as error:
-        print(f"distiljax: error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"distiljax: {stopped}", file=sys.stderr)
-        return 0 if stopped.number == signal.SIGTERM else 130
-    except BrokenPipeError:
+        status = _dispatch(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        ended, line = _explain(error)
+        if (processes := _processes()) is not None:
+            # A process that was lost shows in the others as whatever the network library calls it.
+            if ended is None and processes.may_be_a_loss(error):
+                processes.await_verdict()
+            if not processes.said_by_first(line):
+                print(line, file=sys.stderr)
+            if ended is None:
+                traceback.print_exception(error)
+            processes.end(1 if ended is None else ended, line)
+        if ended is None:
+            raise
+        if line:
+            print(line, file=sys.stderr)
+        return ended
+    if (processes := _processes()) is not None:
+        processes.end(status, together=True)
+    return status
+
+
+def _explain(error: BaseException) -> tuple[int | None, str]:
+    """The exit status and the line that an error ends with; no status for a defect, which is worth a traceback."""
+    if isinstance(error, UserError):
+        return 2, f"distiljax: error: {error}"
+    if isinstance(error, Failed):
+        return 1, f"distiljax: failed: {error}"
+    if isinstance(error, Stopped):
+        return (0 if error.number == signal.SIGTERM else 130), f"distiljax: {error}"
+    if isinstance(error, BrokenPipeError):
         # The reader has left (`| head`); nothing more can be said, and Python must not try at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("distiljax: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        # A full disk or a path that cannot be written is no defect, whichever library says so.
-        if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        line = _one_line(error)[:300]
-        print(f"distiljax: error: {line}; mend that, and the same command goes on", file=sys.stderr)
-        return 2
+        return 0, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "distiljax: interrupted"
+    # A full disk or a path that cannot be written is no defect, whichever library says so.
+    if isinstance(error, OSError) or os.strerror(errno.ENOSPC) in str(error):
+        return 2, f"distiljax: error: {_one_line(error)[:300]}; mend that, and the same command goes on"
+    return None, f"distiljax: {type(error).__name__}: {_one_line(error)[:300]}"
+
+
+def _processes() -> Any:
+    """The module that knows the other processes of the run, or None where this one is alone."""
+    module = sys.modules.get("distiljax.train.distributed")
+    return module if module is not None and module.joined() else None
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -84,12 +110,45 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     parsed, rest = _parse(name, command, arguments)
     set_up_logging()
+    if command.processes:
+        _join(parsed)
     return command.run(parsed, rest)
+
+
+def _define_processes(values: Flags) -> None:
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0; not needed on Cloud TPU, Slurm, Kubernetes, Open MPI",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("num_processes", None, "processes of the run; 1 = only this one", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "this process, from 0", flag_values=values)
+    flags.DEFINE_float(
+        "lost_after", 60.0, "seconds of silence after which a process counts as lost", flag_values=values
+    )
+
+
+def _join(values: Flags) -> None:
+    """Find the other processes of the run, before any device is touched."""
+    from distiljax.train import distributed
+
+    distributed.start(values.coordinator_address, values.num_processes, values.process_id, values.lost_after)
+    if distributed.joined() and not distributed.first():
+        # One process speaks for all, unless something is wrong.
+        logger = logging.getLogger("distiljax")
+        logger.setLevel(logging.WARNING)
+        for handler in logger.handlers:
+            handler.setFormatter(
+                logging.Formatter(f"%(asctime)s [{distributed.name()}] %(message)s", "%H:%M:%S")
+            )
 
 
 def _parse(name: str, command: Command, arguments: list[str]) -> tuple[Flags, list[str]]:
     values = Flags()
     command.define(values)
+    if command.processes:
+        _define_processes(values)
     if command.config is not None:
         part = _config_function(command.config_part) if command.config_part else None
         arguments = _define_config(name, _config_function(command.config), part, values, arguments)
@@ -204,6 +263,8 @@ def _help(command: Command) -> str:
 
     values = Flags()
     command.define(values)
+    if command.processes:
+        _define_processes(values)
     lines = [command.summary, "", "example:", *(f"  {line}" for line in command.example.splitlines())]
     if command.arguments:
         lines += ["", "arguments:", f"  {command.arguments}"]
@@ -252,6 +313,8 @@ def set_up_logging() -> None:
     # transformers says at import that it has found no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Orbax logs the traceback of a save that fails, which train/checkpoint.py warns of in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logger = logging.getLogger("distiljax")
     if not logger.handlers:
         handler = _StderrHandler()

@@ -28,6 +28,7 @@ class Command:
     run: Callable[[Flags, list[str]], int]
     config: str | None = None
     config_part: str | None = None  # the function that takes the command's config out of that of a run
+    processes: bool = False  # whether the same command may run on every host of a cluster, as one run
     arguments: str = ""  # what stands on the command line beside flags, for the help
 
 
@@ -52,6 +53,10 @@ def _train(kind: str) -> Callable[[Flags, list[str]], int]:
         import distiljax
 
         result = (distiljax.distill if kind == "distill" else distiljax.pretrain)(values.config, workdir)
+        from distiljax.train import distributed
+
+        if not distributed.first():
+            return 0
         step = result.facts["steps"]
         if not result.finished:
             print(
@@ -236,6 +241,10 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
                 raise UserError(f"--model={spec}; expected NAME=PATH, each name once")
             models[name] = path if equals else spec
         evaluation = distiljax.evaluate_models(models, data, rows=values.rows, dtype=values.dtype)
+    from distiljax.train import distributed
+
+    if not distributed.first():
+        return 0
     if values.out:
         write_json(Path(values.out), evaluation)
     if values.json:
@@ -320,6 +329,43 @@ def _export(values: Flags, rest: list[str]) -> int:
     return 0
 
 
+def _define_plan(values: Flags) -> None:
+    flags.DEFINE_multi_string(
+        "topology",
+        [],
+        "chips to plan for, repeated: v5e:4x4, v5e-16, v4:2x2x4, v4-32, v6e:4x4, h100:8, a100-80gb:8, …",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "search", True, "also search for the largest micro-batch that fits, by compiling", flag_values=values
+    )
+    flags.DEFINE_float(
+        "mfu", 0.3, "share of the peak rate that the models' work is expected to get", flag_values=values
+    )
+    flags.DEFINE_float(
+        "tokens", 0.0, "tokens of text, to tell the hours of the run by; 0 = not known", flag_values=values
+    )
+    flags.DEFINE_bool("json", False, "print JSON in place of the table", flag_values=values)
+
+
+def _plan(values: Flags, rest: list[str]) -> int:
+    del rest
+    (topologies,) = _needed(values, "topology")
+    # Nothing is run: an accelerator that is there may be busy.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from distiljax.plan import make_plan
+    from distiljax.plan.table import print_plan
+
+    plan = make_plan(
+        values.config, topologies, search=values.search, mfu=values.mfu, tokens=values.tokens
+    )
+    if values.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        print_plan(plan)
+    return 0
+
+
 def _define_report(values: Flags) -> None:
     flags.DEFINE_multi_string(
         "workdir", [], "a run directory; repeat it for several runs", flag_values=values
@@ -364,6 +410,7 @@ COMMANDS = {
         _workdir,
         _train("pretrain"),
         "pretrain_config",
+        processes=True,
     ),
     "distill": Command(
         "Distil a teacher into a student of half its depth; the same command resumes a run.",
@@ -371,6 +418,7 @@ COMMANDS = {
         _workdir,
         _train("distill"),
         "distill_config",
+        processes=True,
     ),
     "evaluate": Command(
         "Masked-LM accuracy, size and speed of models side by side.",
@@ -378,6 +426,7 @@ COMMANDS = {
         "distiljax evaluate --model=teacher=bert-base-uncased --model=student=out/student --data=DIR_OF_ROWS",
         _define_evaluate,
         _evaluate,
+        processes=True,
     ),
     "predict": Command(
         "The likeliest words for every [MASK].",
@@ -391,6 +440,15 @@ COMMANDS = {
         "distiljax export --workdir=runs/distilbert --out=out/distilbert",
         _define_export,
         _export,
+        processes=True,
+    ),
+    "plan": Command(
+        "Whether a run fits a TPU slice or GPUs, and how long it takes there, without having them.",
+        "distiljax plan --config=configs/distilbert_base.py --topology=v5e:4x4 --topology=v5e:16x16\n"
+        "distiljax plan --config=configs/distilbert_base.py --topology=h100:8 --tokens=4.2e9 --json",
+        _define_plan,
+        _plan,
+        "distill_config",
     ),
     "report": Command(
         "Write report.md with tables and plots of one or more runs.",

@@ -1,4 +1,4 @@
-"""What ends a command without a traceback: bad input, and being told to stop."""
+"""What ends a command without a traceback: bad input, a run that fails, and being told to stop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Failed(RuntimeError):
+    """The run cannot go on, through no fault of the input: one line; the command line exits with status 1."""
 
 
 class Stopped(KeyboardInterrupt):

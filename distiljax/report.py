@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distiljax import plots
 from distiljax.errors import UserError
+from distiljax.train import storage
 from distiljax.train.format import (
     MISSING,
     human_bytes,
@@ -163,11 +164,11 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str], label: str = "") -> Run:
-    """Reads a run directory; `label` is what the report calls it, by default the directory's name.
+    """Reads a run directory, local or remote; `label` is what the report calls it, by default the directory's name.
 
     Raises UserError where it is no run's or has a file that cannot be read.
     """
-    path = Path(path)
+    path = storage.as_path(path)
     config, result, evaluation = (read_json(path / name) for name in (CONFIG, RESULT, EVALUATION))
     if not config or config.get("kind") not in ("distill", "pretrain"):
         raise UserError(
@@ -178,7 +179,11 @@ def read_run(path: str | os.PathLike[str], label: str = "") -> Run:
         for name, points in names.items():
             if finite := [(step, value) for step, value in points if math.isfinite(value)]:
                 metrics.setdefault(split, {})[name] = finite
-    return Run(label or path.resolve().name, config, result or {}, evaluation or {}, metrics)
+    return Run(label or _name(path), config, result or {}, evaluation or {}, metrics)
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    return storage.absolute(path).rpartition("/")[2] if storage.is_remote(path) else Path(path).resolve().name
 
 
 # --- the report ---
@@ -189,21 +194,29 @@ def write_report(run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.P
 
     `run_dirs`: at least one run directory, in the order to be told (a teacher's adaptation, then the
     distillation); runs of one kind are also compared. Runs that `distiljax evaluate` has evaluated get the
-    table of models, and only what there is data for is shown. Raises UserError for input that is missing or
-    cannot be read.
+    table of models, and only what there is data for is shown. All of these directories may be remote. Raises
+    UserError for input that is missing or cannot be read.
     """
     if not run_dirs:
         raise UserError("no run to report on; give at least one run directory")
-    names = [Path(path).resolve().name for path in run_dirs]
+    names = [_name(path) for path in run_dirs]
     labels = names if len(set(names)) == len(names) else [str(path) for path in run_dirs]
     runs = [read_run(path, label) for path, label in zip(run_dirs, labels, strict=True)]
-    distillations = [run for run in runs if run.is_distillation]
-    directory = Path(out_dir) / "plots"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        with storage.writing(out_dir) as directory:
+            (directory / "plots").mkdir(exist_ok=True)
+            _write(runs, directory)
     except OSError as error:
-        raise UserError(f"cannot write to {out_dir}: {error.strerror}; give another folder") from error
+        raise UserError(
+            f"cannot write to {out_dir}: {error.strerror or error}; give another folder"
+        ) from error
+    return storage.as_path(out_dir) / "report.md"
 
+
+def _write(runs: Sequence[Run], out_dir: Path) -> None:
+    """Makes report.md in `out_dir`, and the plots in its `plots`."""
+    directory = out_dir / "plots"
+    distillations = [run for run in runs if run.is_distillation]
     title = "Distillation report" if distillations else "Training report"
     sections = [f"# {title}", _headline((distillations or runs)[-1])]
     with plots.style():
@@ -218,11 +231,7 @@ def write_report(run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.P
         trainings = [run for run in runs if not run.is_distillation]
         if len(trainings) > 1:
             sections += _comparison_section(trainings, directory, "Masked-LM training runs compared")
-    report = Path(out_dir) / "report.md"
-    temporary = report.with_name("report.md.tmp")
-    temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    os.replace(temporary, report)
-    return report
+    storage.write_text(out_dir / "report.md", "\n\n".join(sections) + "\n")
 
 
 def _headline(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import dataclasses
 import heapq
 import itertools
@@ -181,6 +182,14 @@ class RowLoader:
         parts = self._bucketed_parts() if self._bucketed else self._parts()
         batches = parts.map(lambda part: reader.batch(part[1], seq_len=part[0]))
         return iter(batches.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
+
+    def whole_batch(self, step: int) -> Batch:
+        """All processes' rows of global batch `step`, int32 [B, S], and under `rows` their numbers, int64 [B]."""
+        whole = copy.copy(self)
+        whole.process_index, whole.process_count, whole.start = 0, 1, step
+        seq_len, rows = (whole._bucketed_parts() if self._bucketed else whole._parts())[0]
+        batch = RowReader(self.directory, self.metadata).batch(rows, seq_len=seq_len)
+        return batch | {"rows": np.asarray(rows, np.int64)}
 
     @property
     def _bucketed(self) -> bool:

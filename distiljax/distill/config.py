@@ -17,7 +17,7 @@ _AT_LEAST = {
         *("eval.every", "eval.rows", "eval.batch_size", "eval.smoothing", "masking.smoothing"),
         *("optimizer.weight_decay", "optimizer.clip_norm"),
     ),
-    1: ("batch_size", "checkpoint.keep"),
+    1: ("batch_size", "checkpoint.keep", "parallel.model", "max_nonfinite_steps"),
 }
 _SHARES = ("optimizer.warmup_fraction", "optimizer.b1", "optimizer.b2")
 _POSITIVE = ("optimizer.peak_lr", "optimizer.eps")
@@ -75,12 +75,15 @@ def shared_config() -> ConfigDict:
                                         decay to 0, b1, b2, eps, weight_decay (not on biases, LayerNorm), clip_norm
     dtype                               compute dtype, bfloat16 or float32; parameters are float32
     parallel.mode                       jit or pmap
+    parallel.model                      devices that each hold a part of the teacher, where it is too large for one
     tokenizer                           hub name or directory; the model's own by default
     data_dir                            where the prepared rows are, or will be; the run directory's data/ by default
     log_every                           steps between records in metrics.jsonl and TensorBoard
     eval.every, rows, batch_size        steps between validations (0 = only at the end), rows used (0 = all), rows
                                         at once (0 = a micro-batch a device)
     eval.smoothing                      masking.smoothing of held-out text; 0 makes accuracies compare with BERT's
+    max_nonfinite_steps                 so many steps in a row may have a loss or gradient that is not finite (their
+                                        updates are skipped); after that the run fails
     checkpoint.every, keep              steps between checkpoints, how many of the last to keep
     seed                                of masks, dropout, the order of rows and fresh weights
     """
@@ -114,7 +117,9 @@ def shared_config() -> ConfigDict:
     config.dtype = "bfloat16"
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"
+    config.parallel.model = 1
 
+    config.max_nonfinite_steps = 10
     config.log_every = 50
     config.eval = ConfigDict()
     config.eval.every = 1000

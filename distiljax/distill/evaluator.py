@@ -38,7 +38,7 @@ class Evaluator:
         for i, batch in enumerate(self._batches(corpus, rows)):
             first = self._parallel.replicate(np.int32(i * self._batch_size))
             on_device.append(self._step(params, frozen, first, self._parallel.shard(batch)))
-        fetched = jax.device_get(self._parallel.unreplicate(on_device))
+        fetched = self._parallel.fetch(on_device)
         return jax.tree.map(lambda *terms: np.sum(terms, dtype=np.float64), *fetched)
 
     def __call__(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, float]:
@@ -47,13 +47,15 @@ class Evaluator:
 
     def _batches(self, corpus: Path, rows: int) -> Iterator[dict[str, np.ndarray]]:
         size = self._batch_size
-        batches = eval_batches(corpus, size)
+        index, count = jax.process_index(), jax.process_count()
+        batches = eval_batches(corpus, size, process_index=index, process_count=count)
         if not rows:
             yield from batches
             return
+        mine = np.arange(index * size // count, (index + 1) * size // count)[:, None]
         for i, batch in enumerate(islice(batches, math.ceil(rows / size))):
             # The shape stays: rows past the limit become padding.
-            wanted = np.arange(size)[:, None] < rows - i * size
+            wanted = mine < rows - i * size
             yield {name: np.where(wanted, x, 0) for name, x in batch.items()}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from distiljax.distill.student import Params, student_of
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
+from distiljax.train import distributed, storage
 from distiljax.train.format import human_count
 from distiljax.train.load import from_pretrained, load_tokenizer
 from distiljax.train.loop import Outcome, Schedule, run_loop
 from distiljax.train.optimizer import make_optimizer
 from distiljax.train.parallel import Parallel
-from distiljax.train.run import RESULT, TOKENIZER, machine, open_run, read_json, write_json, write_model
+from distiljax.train.run import RESULT, machine, open_run, read_json, write_json, write_model, write_tokenizer
 from distiljax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -72,8 +74,8 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: bad input, in one line.
     """
-    _check_config(config)
-    with open_run(workdir, config, "distill") as path:
+    check_ranges(config)
+    with open_together(workdir, config, "distill") as path:
         return _finished(path) or _distill(config, path)
 
 
@@ -115,8 +117,8 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Raises:
       UserError: bad input, in one line.
     """
-    _check_config(config)
-    with open_run(workdir, config, "pretrain") as path:
+    check_ranges(config)
+    with open_together(workdir, config, "pretrain") as path:
         return _finished(path) or _pretrain(config, path)
 
 
@@ -131,18 +133,27 @@ def _pretrain(config: ConfigDict, path: Path) -> Result:
     return _run(config, path, "pretrain", tokenizer, Models(model), recipe, params, None)
 
 
-def _check_config(config: ConfigDict) -> None:
-    check_ranges(config)
-    if "://" in config.data_dir:
-        raise UserError(f"data_dir {config.data_dir} is remote; expected a local directory")
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{jax.process_count()} processes; expected 1: a run across several hosts is not supported yet"
-        )
+@contextlib.contextmanager
+def open_together(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> Iterator[Path]:
+    """`open_run` in process 0, for all processes of the run.
+
+    Raises:
+      UserError: as `open_run`; or a directory that is not the same for all processes.
+    """
+    path = storage.as_path(workdir)
+    with contextlib.ExitStack() as stack:
+
+        def open_it() -> str:
+            stack.enter_context(open_run(workdir, config, kind))
+            return distributed.leave_token(path)
+
+        token = distributed.from_first(open_it)
+        distributed.check_token(path, token)
+        yield path
 
 
 def _finished(path: Path) -> Result | None:
-    facts = read_json(path / RESULT)
+    facts = distributed.from_first(lambda: read_json(path / RESULT))
     if facts is None:
         return None
     if not {"steps", "best", "validation"} <= facts.keys():
@@ -161,7 +172,7 @@ def _run(
     params: Params,
     teacher_params: Params | None,
 ) -> Result:
-    parallel = Parallel(config.parallel.mode)
+    parallel = Parallel(config.parallel.mode, model=config.parallel.model)
     micro_batches = _micro_batches(config, parallel.devices)
     masking = _checked(
         Masking,
@@ -173,19 +184,28 @@ def _run(
     )
     if not config.data_dir:
         _check_length(config.data.seq_len, models)
-    tokenizer.save_pretrained(path / TOKENIZER)
-    write_model(
-        path,
-        kind=kind,
-        head="masked_lm",
-        encoder=dataclasses.asdict(models.student.config),
-        source=config.get("teacher") or config.get("model"),
-    )
+    if distributed.first():
+        write_tokenizer(path, tokenizer)
+        write_model(
+            path,
+            kind=kind,
+            head="masked_lm",
+            encoder=dataclasses.asdict(models.student.config),
+            source=config.get("teacher") or config.get("model"),
+        )
     directory, corpora = prepare_corpus(config, path, tokenizer)
     train_rows, held_out, metadata = directory / "train", directory / "validation", corpora["train"]
 
     def batches(start: int) -> RowLoader:
-        return RowLoader(train_rows, config.batch_size, config.seed, weights=metadata.weights, start=start)
+        return RowLoader(
+            train_rows,
+            config.batch_size,
+            config.seed,
+            weights=metadata.weights,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start=start,
+        )
 
     loader = batches(0)  # refuses a corpus of less than one batch
     _check_length(metadata.seq_len, models)
@@ -200,8 +220,9 @@ def _run(
     )
     if kind == "pretrain" and _is_fresh(params["head"]):
         params["head"]["bias"] = unigram_bias(counts * weights)
-    frozen = parallel.replicate({"teacher": teacher_params, "masking_weights": weights})
-    eval_frozen = frozen | {"masking_weights": parallel.replicate(eval_weights)}
+    placed_teacher = parallel.place_teacher(teacher_params)
+    frozen = {"teacher": placed_teacher, "masking_weights": parallel.replicate(weights)}
+    eval_frozen = {"teacher": placed_teacher, "masking_weights": parallel.replicate(eval_weights)}
 
     step = parallel.wrap(
         make_train_step(
@@ -218,29 +239,51 @@ def _run(
         description="distilling" if kind == "distill" else "training",
         workdir=path,
         schedule=Schedule(
-            total_steps, config.log_every, config.eval.every, config.checkpoint.every, config.checkpoint.keep
+            total_steps,
+            config.log_every,
+            config.eval.every,
+            config.checkpoint.every,
+            config.checkpoint.keep,
+            config.max_nonfinite_steps,
         ),
         parallel=parallel,
         state=jax.device_get(TrainState.create(params, optimizer)),
         step=lambda state, rows: step(state, frozen, rows),
         batches=batches,
+        whole_batch=loader.whole_batch,
         evaluate=lambda params: evaluator(params, eval_frozen, held_out, config.eval.rows),
     )
     facts = _facts(kind, outcome, models, params, teacher_params)
-    if outcome.finished:
+    if outcome.finished and distributed.first():
         write_json(path / RESULT, facts)
     return Result(path, outcome.finished, facts)
 
 
 def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, dict[str, Metadata]]:
-    """The directory of the training and held-out rows, prepared now or before, and what is in it."""
-    directory = Path(config.data_dir or workdir / "data")
-    if not (directory / "train" / METADATA_FILE).is_file():
-        log.info("%s has no prepared rows yet; preparing them from %s", directory, config.data.source)
-    # Whoever names a directory means what is in it, and need not repeat every setting that it was made with.
-    corpora = prepare_watched(
-        config.data, tokenizer, directory, adopt=bool(config.data_dir), show=jax.process_index() == 0
-    )
+    """The directory of the training and held-out rows, prepared now or before, and what is in it.
+
+    Process 0 prepares, while the others wait. Of rows that are remote every machine keeps a copy.
+    """
+    if storage.is_remote(config.data_dir or workdir):
+        from distiljax.data import remote
+    place = storage.as_path(config.data_dir) if config.data_dir else workdir / "data"
+    directory = remote.cache_dir(place) if storage.is_remote(place) else Path(place)
+
+    def prepared() -> list[str]:
+        if storage.is_remote(place):
+            remote.fetch(place)
+        if not (directory / "train" / METADATA_FILE).is_file():
+            log.info("%s has no prepared rows yet; preparing them from %s", place, config.data.source)
+        # Whoever names a directory means what is in it, and need not repeat every setting that it was made with.
+        corpora = prepare_watched(config.data, tokenizer, directory, adopt=bool(config.data_dir))
+        if storage.is_remote(place):
+            remote.publish(directory, place)
+        return list(corpora)
+
+    splits = distributed.from_first(prepared)
+    if storage.is_remote(place):
+        remote.fetch(place)
+    corpora = {split: Metadata.load(directory / split) for split in splits}
     for name, metadata in corpora.items():
         log.info(
             "%s: %s rows of %d, %s tokens, %.1f %% filled",
@@ -313,6 +356,7 @@ def _facts(
     facts = {
         "kind": kind,
         "steps": outcome.step,
+        "skipped_steps": outcome.skipped,
         "tokens": outcome.tokens,
         "seconds": outcome.seconds,
         "best_step": outcome.best.get("step", outcome.step),
@@ -337,7 +381,8 @@ def _log_start(
     total_steps: int,
     micro_batches: int,
 ) -> None:
-    log.info("%s on %s, %s over %d devices", kind, machine(), parallel.mode, parallel.devices)
+    spread = f", each teacher over {parallel.model}" if parallel.model > 1 else ""
+    log.info("%s on %s, %s over %d devices%s", kind, machine(), parallel.mode, parallel.devices, spread)
     if models.teacher is not None:
         log.info("teacher: %s, %d layers", config.teacher, models.teacher.config.num_layers)
     log.info(

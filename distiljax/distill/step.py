@@ -207,13 +207,22 @@ def make_train_step(
 
         gradients, terms, tokens = lax.psum((gradients, terms, rows.token_weights.sum()), AXIS)
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         metrics = term_means(recipe, terms) | {
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
             "tokens": tokens,
         }
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # One batch that overflows must not end a run of days: its update is left out, and the loop says so.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        metrics["skipped"] = 1.0 - finite
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

@@ -25,6 +25,7 @@ from distiljax.distill.step import Models, Recipe
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
+from distiljax.train import distributed, storage
 from distiljax.train.checkpoint import checkpoint_step
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
 from distiljax.train.parallel import Parallel
@@ -197,7 +198,7 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
     Raises:
       UserError: no run, or one without a checkpoint.
     """
-    path = Path(workdir)
+    path = storage.as_path(workdir)
     if not is_run(path):
         raise UserError(
             f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run"
@@ -232,5 +233,6 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
         rows=rows,
     )
     evaluation["best_step"] = checkpoint_step(path)
-    write_json(path / EVALUATION, evaluation)
+    if distributed.first():
+        write_json(path / EVALUATION, evaluation)
     return evaluation

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from distiljax.errors import UserError
+from distiljax.train import distributed, storage
 
 log = logging.getLogger(__name__)
 
@@ -19,71 +24,181 @@ LAST = "checkpoints"
 BEST = "best"
 
 
-def _manager(directory: str, keep: int) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        os.path.abspath(directory),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
-            enable_async_checkpointing=True,
-        ),
-    )
+SAVE_SECONDS = 600  # that one process may take longer to write its part than the others
+
+
+class _Store:
+    """One directory of checkpoints, through an Orbax manager, that a failed write does no harm.
+
+    Args:
+      directory: of the checkpoints.
+      keep: how many of the newest to keep.
+      agree: whether a flag is set in any process of the run; called by all of them at the same places.
+    """
+
+    def __init__(self, directory: str, keep: int, agree: Callable[[bool], bool]) -> None:
+        self.directory, self._keep, self._agree = directory, keep, agree
+        self._failed = False
+        self._saving: int | None = None
+        self.manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                cleanup_tmp_directories=True,  # what a kill, or a full disk, in the middle of a save has left
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+            ),
+        )
+
+    def save(self, step: int, **items: Any) -> None:
+        """Start to save the items as checkpoint `step`; an existing one of that step is kept."""
+        self.settle()
+        if step in self.manager.all_steps():
+            return
+        self._saving = step
+        try:
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # whatever the file system, TensorStore or Orbax call it
+            self._warn(error)
+
+    def check(self) -> None:
+        """Warn of a save that has failed meanwhile."""
+        try:
+            self.manager.check_for_errors()
+        except Exception as error:
+            self._warn(error)
+
+    def settle(self) -> bool:
+        """Wait for what is being saved; whether it was saved, in all processes."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            self._warn(error)
+        failed = self._agree(self._failed)
+        if failed:
+            # The half of a checkpoint must not fill the disk, and Orbax believes that it is there.
+            with contextlib.suppress(Exception):
+                self.manager.close()
+            if distributed.first():
+                self._remove_halves()
+            self.manager = self._open()
+        self._failed, self._saving = False, None
+        return not failed
+
+    def _remove_halves(self) -> None:
+        for name in storage.names(self.directory):
+            if ocp.utils.TMP_DIR_SUFFIX in name:
+                with contextlib.suppress(Exception):
+                    storage.remove_tree(os.path.join(self.directory, name))
+
+    def close(self) -> None:
+        """Wait for what is being saved, without the other processes' consent."""
+        with contextlib.suppress(Exception):
+            self.manager.wait_until_finished()
+        with contextlib.suppress(Exception):
+            self.manager.close()
+
+    def _warn(self, error: Exception) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        kept = [step for step in self.manager.all_steps() if step != self._saving]
+        log.warning(
+            "CHECKPOINT %s COULD NOT BE SAVED to %s: %s; training goes on, and the newest checkpoint is %s",
+            self._saving,
+            self.directory,
+            storage_reason(error),
+            f"still that of step {max(kept)}" if kept else "none yet",
+        )
 
 
 class Checkpointer:
     """Saves and restores a run's state under `workdir/checkpoints` and its best parameters under `workdir/best`.
 
-    Saving is asynchronous and atomic: a checkpoint stands under its final name only when it is whole.
+    Saving is asynchronous and atomic: a checkpoint stands under its final name only when it is whole. A save that
+    fails, as on a full disk, is warned of, and the ones before stay.
+
+    Args:
+      workdir: the run directory.
+      keep: how many of the last states to keep.
+      agree: see `_Store`.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
-        self._last = _manager(os.path.join(workdir, LAST), keep)
-        self._best = _manager(os.path.join(workdir, BEST), 1)
+    def __init__(
+        self, workdir: str | os.PathLike[str], keep: int = 2, agree: Callable[[bool], bool] = bool
+    ) -> None:
+        self._agree = agree
+        self._last = _Store(_directory(workdir, "last"), keep, agree)
+        self._best = _Store(_directory(workdir, BEST), 1, agree)
+        self._best_saved: dict[str, Any] = {}
+        self._best_saving: dict[str, Any] = {}
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest state, as host arrays in the shape of `template`, and the facts saved with it; None if none."""
         args = ocp.args.Composite(state=_restore_args(template), facts=ocp.args.JsonRestore())
-        steps = sorted(self._last.all_steps(), reverse=True)
-        for step in steps:
+        manager, directory = self._last.manager, self._last.directory
+        steps = sorted(manager.all_steps(), reverse=True)
+        for step, before in itertools.zip_longest(steps, steps[1:]):
+            restored: Any = None
+            reason = "in another process"
             try:
-                restored = self._last.restore(step, args=args)
-                return restored["state"], restored["facts"]
+                restored = manager.restore(step, args=args)
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                log.warning(
-                    "checkpoint %d of %s is damaged (%s); %s",
-                    step,
-                    self._last.directory,
-                    _first_line(error),
-                    "trying the one before" if step != steps[-1] else "there is none before it",
-                )
-                self._last.delete(step)
+                reason = storage_reason(error)
+            if not self._agree(restored is None):
+                facts = restored["facts"]
+                self._best_saved = facts.get("best", {})
+                return restored["state"], facts
+            log.warning(
+                "checkpoint %d of %s is damaged (%s); %s",
+                step,
+                directory,
+                reason,
+                "there is none before it" if before is None else f"going on from checkpoint {before}",
+            )
+            manager.delete(step)
         if steps:
             raise UserError(
-                f"no checkpoint in {self._last.directory} can be read; delete the run directory to start again"
+                f"no checkpoint in {directory} can be read; delete the run directory to start again"
             )
         return None
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Start to save `state` and the JSON `facts` as checkpoint `step`; an existing one of that step is kept."""
-        if step in self._last.all_steps():
-            return
-        # The facts say which parameters are the best: these must be on the disk first, whatever happens now.
-        self._best.wait_until_finished()
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_copy(state)), facts=ocp.args.JsonSave(facts))
-        self._last.save(step, args=args, force=True)
+        """Start to save `state` and the JSON `facts` as checkpoint `step`; an existing one of that step is kept.
 
-    def save_best(self, step: int, params: Any, facts: dict[str, Any]) -> None:
-        """Start to save `params` in the place of the best so far."""
-        if step in self._best.all_steps():
-            return
-        args = ocp.args.Composite(params=ocp.args.StandardSave(_copy(params)), facts=ocp.args.JsonSave(facts))
-        self._best.save(step, args=args, force=True)
+        The facts say under `best` which parameters are the best: `settle_best` must have been asked.
+        """
+        self._last.save(step, state=ocp.args.StandardSave(_copy(state)), facts=ocp.args.JsonSave(facts))
+
+    def save_best(self, step: int, params: Any, record: dict[str, Any]) -> None:
+        """Start to save `params` in the place of the best so far, with the record of their validation."""
+        self.settle_best()
+        self._best_saving = record
+        self._best.save(step, params=ocp.args.StandardSave(_copy(params)), facts=ocp.args.JsonSave(record))
+
+    def settle_best(self) -> dict[str, Any]:
+        """The record of the best parameters that are on the disk; {} if none are."""
+        if self._best.settle() and self._best_saving:
+            self._best_saved = self._best_saving
+        self._best_saving = {}
+        return self._best_saved
+
+    def check(self) -> None:
+        """Warn of saves that have failed meanwhile."""
+        self._last.check()
+        self._best.check()
+
+    def settle(self) -> bool:
+        """Wait for what is being saved; whether the last state is on the disk."""
+        return self._last.settle()
 
     def close(self) -> None:
-        """Wait for what is being saved."""
-        for manager in (self._last, self._best):
-            manager.wait_until_finished()
-            manager.close()
+        """Wait for what is being saved, and end."""
+        self._last.close()
+        self._best.close()
 
 
 def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = BEST) -> tuple[Any, int]:
@@ -111,7 +226,7 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
             restored = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # as above
         raise UserError(
-            f"checkpoint {step} of {_directory(workdir, which)} is damaged ({_first_line(error)}); "
+            f"checkpoint {step} of {_directory(workdir, which)} is damaged ({storage_reason(error)}); "
             "choose the other of best and last, or run the training again"
         ) from error
     return (restored if which == BEST else restored["params"]), step
@@ -119,19 +234,26 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
 
 def checkpoint_step(workdir: str | os.PathLike[str], which: str = BEST) -> int | None:
     """The step of a run's "best" or "last" checkpoint; None if there is none."""
-    try:
-        names = os.listdir(_directory(workdir, which))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    directory = storage.as_path(_directory(workdir, which))
+    steps = sorted((int(name) for name in storage.names(directory) if name.isdigit()), reverse=True)
+    for step in steps:
+        # An object store has no rename: there Orbax marks what is whole by this file.
+        if not storage.is_remote(directory) or (directory / str(step) / "commit_success.txt").exists():
+            return step
+    return None
 
 
 def _directory(workdir: str | os.PathLike[str], which: str) -> str:
-    return os.path.abspath(os.path.join(workdir, BEST if which == BEST else LAST))
+    return os.path.join(storage.absolute(workdir), BEST if which == BEST else LAST)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def storage_reason(error: BaseException) -> str:
+    """Why something could not be read or written: what the operating system calls it, or the first line."""
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number) in text:
+            return f"the disk is full ({os.strerror(number)})"
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _restore_args(template: Any) -> ocp.args.StandardRestore:

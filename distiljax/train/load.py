@@ -1,9 +1,10 @@
-"""Models by name: a run directory of this package, a Hugging Face directory, or a hub name."""
+"""Models by name: a run directory of this package, a Hugging Face directory (both also remote), or a hub name."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -12,16 +13,23 @@ import numpy as np
 
 from distiljax import hub
 from distiljax.errors import UserError
+from distiljax.hub.files import CONFIG as HF_CONFIG
+from distiljax.hub.files import TOKENIZER_FILES
 from distiljax.nn import Encoder, EncoderConfig, MaskedLM
+from distiljax.train import storage
 from distiljax.train.checkpoint import restore_params
 from distiljax.train.run import CONFIG, MODEL, TOKENIZER, read_json
 
 Params = dict[str, Any]
 
+# What is copied of a remote Hugging Face directory.
+_MODEL_FILES = (HF_CONFIG, "*.safetensors", "*.bin", "*.index.json")
+
 
 def is_run(name_or_dir: str | os.PathLike[str]) -> bool:
     """Whether a name is a run directory."""
-    return (Path(name_or_dir) / MODEL).is_file()
+    with storage.errors(name_or_dir):
+        return (storage.as_path(name_or_dir) / MODEL).is_file()
 
 
 @overload
@@ -53,7 +61,8 @@ def from_pretrained(
     """Load a model.
 
     Args:
-      name_or_dir: a run directory of `pretrain` or `distill`, a local Hugging Face directory, or a hub name.
+      name_or_dir: a run directory of `pretrain` or `distill`, a Hugging Face directory, or a hub name; directories
+        may be remote (gs://…).
       head: "masked_lm", or None for the bare encoder.
       dtype: compute dtype of the module; parameters are float32.
       checkpoint: of a run directory: "best" (lowest held-out loss) or "last".
@@ -66,10 +75,11 @@ def from_pretrained(
       UserError: nothing there, damaged, or another architecture.
     """
     if not is_run(name_or_dir):
-        return hub.from_pretrained(name_or_dir, head=head, dtype=dtype, **options)
+        with _resolved(name_or_dir, _MODEL_FILES) as where:
+            return hub.from_pretrained(where, head=head, dtype=dtype, **options)
     if head not in ("masked_lm", None):
         raise UserError(f"head is {head!r}; expected masked_lm or None")
-    path = Path(name_or_dir)
+    path = storage.as_path(name_or_dir)
     facts = read_json(path / MODEL) or {}
     try:
         module = MaskedLM(EncoderConfig(**facts["encoder"]), dtype)
@@ -96,5 +106,26 @@ def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> Any:
     Raises:
       UserError: there is none.
     """
-    path = Path(name_or_dir)
-    return hub.load_tokenizer(path / TOKENIZER if is_run(path) else name_or_dir)
+    place = storage.as_path(name_or_dir) / TOKENIZER if is_run(name_or_dir) else name_or_dir
+    with _resolved(place, TOKENIZER_FILES) as where:
+        tokenizer = hub.load_tokenizer(where)
+    if storage.is_remote(place):
+        tokenizer.name_or_path = storage.absolute(place)  # not the copy's, which is another one every time
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _resolved(
+    name_or_dir: str | os.PathLike[str], patterns: Sequence[str]
+) -> Iterator[str | os.PathLike[str]]:
+    """The name itself, or a local copy of the remote directory that it names."""
+    if not storage.is_remote(name_or_dir):
+        yield name_or_dir
+        return
+    with storage.local_copy(name_or_dir, patterns) as directory:
+        if not any(directory.iterdir()):
+            raise UserError(
+                f"{storage.absolute(name_or_dir)} holds no model and no tokenizer; give a run directory or a Hugging "
+                "Face directory"
+            )
+        yield directory

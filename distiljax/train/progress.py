@@ -175,7 +175,7 @@ class StageProgress(_Display):
         facts = [f"{documents:,} documents"] if documents else []
         if tokens:
             facts.append(f"{human_count(tokens)} tokens")
-            if (elapsed := self._clock() - self._since) > 0:
+            if (elapsed := self._clock() - self._since) >= 1:  # before that it says nothing
                 facts.append(f"{human_count(tokens / elapsed)} tokens/s")
         self._completed = done
         self._show(done, self._counter(), facts)

@@ -1,4 +1,4 @@
-"""The run directory: what it holds, who may continue it, and when it is finished.
+"""The run directory, local or in an object store: what it holds, who may continue it, and when it is finished.
 
 config.json    the config of the run
 model.json     what is trained, for whoever loads the checkpoints
@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,30 +23,44 @@ import jax
 from ml_collections import ConfigDict
 
 from distiljax.errors import UserError
+from distiljax.train import storage
 from distiljax.train.checkpoint import checkpoint_step
 
 CONFIG, MODEL, RESULT, EVALUATION = "config.json", "model.json", "result.json", "evaluation.json"
 TOKENIZER = "tokenizer"
 
 # Settings that do not change what a run computes: it may go on with others.
-FREE = ("data_dir", "parallel", "micro_batch_size", "checkpoint", "log_every", "eval.batch_size")
+FREE = (
+    "data_dir",
+    "parallel",
+    "micro_batch_size",
+    "checkpoint",
+    "log_every",
+    "eval.batch_size",
+    "max_nonfinite_steps",
+)
 
 
 @contextlib.contextmanager
 def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> Iterator[Path]:
-    """Make or re-enter a run directory, and keep other processes out of it meanwhile.
+    """Make or re-enter a run directory, and keep other processes of this machine out of it meanwhile.
+
+    An object store has no locks: that no other run uses a remote directory is the user's care.
 
     Args:
-      workdir: the directory; made if it is not there.
+      workdir: the directory, local or remote (see `storage.as_path`, which is what this gives); made if it is not
+        there.
       config: the run's config; kept in config.json.
       kind: "distill" or "pretrain".
 
     Raises:
       UserError: a directory that cannot be written, that another process uses, or that holds a run of another config.
     """
-    if "://" in os.fspath(workdir):
-        raise UserError(f"workdir {os.fspath(workdir)} is remote; expected a local directory")
-    path = Path(workdir)
+    path = storage.as_path(workdir)
+    if storage.is_remote(path):
+        _claim(path, config, kind)
+        yield path
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -64,13 +77,13 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
 def _claim(path: Path, config: ConfigDict, kind: str) -> None:
     wanted = {"kind": kind, **json.loads(config.to_json())}
     existing = read_json(path / CONFIG)
-    started = (path / RESULT).exists() or checkpoint_step(path, "last") is not None
+    started = read_json(path / RESULT) is not None or checkpoint_step(path, "last") is not None
     if existing is not None and existing.get("kind") != kind:
         raise UserError(
             f"workdir {path} holds a {existing.get('kind')} run, this is a {kind} run; give another --workdir"
         )
     if existing is not None and not started and existing.get("data") != wanted["data"]:
-        shutil.rmtree(path / "data", ignore_errors=True)  # of a start that came to nothing
+        storage.remove_tree(path / "data")  # of a start that came to nothing
     if existing is not None and started:
         differing = [
             f"{key} was {old!r} and is now {new!r}"
@@ -111,15 +124,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None if there is no such file.
 
     Raises:
-      UserError: a file that is no JSON.
+      UserError: a file that is no JSON, or one that cannot be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with storage.errors(path):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}, not an object")
         return value
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({error}); restore it, or give another directory"
@@ -127,11 +145,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write `value` as JSON, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     text = json.dumps(value, indent=2, sort_keys=True, default=str, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    storage.write_text(path, text + "\n")
+
+
+def write_tokenizer(workdir: Path, tokenizer: Any) -> None:
+    """Keep the tokenizer with the run."""
+    with storage.writing(workdir / TOKENIZER) as directory:
+        tokenizer.save_pretrained(directory)
 
 
 def write_model(workdir: Path, **facts: Any) -> None:

@@ -67,7 +67,17 @@ def optimizer_config():
 
 
 def train(
-    models, mode="jit", devices=1, micro_batches=1, steps=3, recipe=None, peak_lr=None, rows=batch, **student
+    models,
+    mode="jit",
+    devices=1,
+    micro_batches=1,
+    steps=3,
+    recipe=None,
+    peak_lr=None,
+    rows=batch,
+    model=1,
+    frozen_teacher=None,
+    **student,
 ):
     teacher, teacher_params = models
     recipe = recipe or Recipe(mse=0.01)
@@ -75,14 +85,17 @@ def train(
     config = optimizer_config()
     config.peak_lr = peak_lr or config.peak_lr
     optimizer, schedule = make_optimizer(config, 20)
-    parallel = Parallel(mode, jax.devices()[:devices])
+    parallel = Parallel(mode, jax.devices()[:devices], model)
     step = parallel.wrap(
         make_train_step(
             Models(module, teacher), recipe, MASKING, optimizer, schedule, seed=0, micro_batches=micro_batches
         ),
         donate=True,
     )
-    frozen = parallel.replicate({"teacher": teacher_params, "masking_weights": WEIGHTS})
+    frozen = {
+        "teacher": parallel.place_teacher(frozen_teacher or teacher_params),
+        "masking_weights": parallel.replicate(WEIGHTS),
+    }
     state = parallel.replicate(jax.device_get(TrainState.create(params, optimizer)))
     for t in range(steps):
         placed = parallel.shard(rows(t))
@@ -97,13 +110,22 @@ def reference(models):
 
 
 @pytest.mark.parametrize(
-    ("mode", "devices", "micro_batches"),
-    [("jit", 8, 1), ("pmap", 8, 1), ("jit", 1, 2), ("jit", 1, 8), ("jit", 2, 8), ("pmap", 4, 2)],
+    ("mode", "devices", "micro_batches", "model"),
+    [
+        ("jit", 8, 1, 1),
+        ("pmap", 8, 1, 1),
+        ("jit", 1, 2, 1),
+        ("jit", 1, 8, 1),
+        ("jit", 2, 8, 1),
+        ("pmap", 4, 2, 1),
+        ("jit", 8, 2, 2),
+        ("jit", 4, 1, 4),
+    ],
 )
 def test_the_update_does_not_depend_on_devices_wrapping_or_micro_batches(
-    models, reference, mode, devices, micro_batches
+    models, reference, mode, devices, micro_batches, model
 ):
-    state, metrics = train(models, mode, devices, micro_batches)
+    state, metrics = train(models, mode, devices, micro_batches, model=model)
     expected_state, expected_metrics = reference
     assert int(state.step) == 3
     for ours, expected in zip(
@@ -112,6 +134,73 @@ def test_the_update_does_not_depend_on_devices_wrapping_or_micro_batches(
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_a_spread_teacher_lies_in_parts_on_its_devices(models):
+    teacher, teacher_params = models
+    parallel = Parallel("jit", jax.devices()[:4], model=4)
+    placed = parallel.place_teacher(teacher_params)
+    layer = placed["encoder"]["layer_0"]
+    shapes = {
+        "query": layer["attention"]["query"]["kernel"],
+        "output": layer["attention"]["output"]["kernel"],
+        "up": layer["ffn"]["up"]["kernel"],
+        "down": layer["ffn"]["down"]["kernel"],
+        "word": placed["encoder"]["embeddings"]["word"]["embedding"],
+        "norm": layer["ffn_norm"]["scale"],
+    }
+    assert {name: x.addressable_shards[0].data.shape for name, x in shapes.items()} == {
+        "query": (16, 4),
+        "output": (4, 16),
+        "up": (16, 8),
+        "down": (8, 16),
+        "word": (24, 16),
+        "norm": (16,),
+    }
+    held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(placed))
+    assert held < 0.5 * sum(x.size for x in jax.tree.leaves(teacher_params))
+    # No device gathers the teacher's kernels for the step: what it computes with them is spread, too.
+    module, params = student_of(teacher, teacher_params)
+    optimizer, schedule = make_optimizer(optimizer_config(), 20)
+    step = parallel.wrap(
+        make_train_step(
+            Models(module, teacher), Recipe(), MASKING, optimizer, schedule, seed=0, micro_batches=1
+        )
+    )
+    state = parallel.replicate(jax.device_get(TrainState.create(params, optimizer)))
+    frozen = {"teacher": placed, "masking_weights": parallel.replicate(WEIGHTS)}
+    program = step.lower(state, frozen, parallel.shard(batch(0))).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
+    assert not {"16,16", "16,32", "32,16", "96,16"} & set(gathered), gathered
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(models):
+    poisoned = jax.tree.map(np.copy, models[1])
+    poisoned["encoder"]["embeddings"]["position"]["embedding"][S - 1] = np.nan
+
+    def rows(t):
+        """Only batch 1 has a segment that reaches the last position."""
+        given = batch(t)
+        long = (np.arange(len(given["input_ids"])) == 3)[:, None] & (t == 1)
+        positions = np.where(long, np.arange(S), np.minimum(given["positions"], S - 2))
+        return given | {
+            "positions": positions.astype(np.int32),
+            "segment_ids": np.where(long, 1, given["segment_ids"]),
+        }
+
+    states = {}
+    for steps in (1, 2, 3):
+        state, metrics = train(models, steps=steps, rows=rows, frozen_teacher=poisoned)
+        states[steps] = state
+        assert int(state.step) == steps
+        assert metrics["skipped"] == (steps == 2)
+        assert np.isfinite(metrics["loss"]) == (steps != 2)
+    for name in ("params", "opt_state"):
+        before, after, later = (jax.tree.leaves(getattr(states[n], name)) for n in (1, 2, 3))
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert all(np.isfinite(x).all() for x in later)
+        assert any((a != b).any() for a, b in zip(after, later, strict=True))
 
 
 def test_the_student_learns_from_its_teacher(models):

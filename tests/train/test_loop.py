@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from distiljax.data.loader import RowLoader
-from distiljax.errors import UserError
+from distiljax.errors import Failed, UserError
 from distiljax.train.loop import Schedule, run_loop
 from distiljax.train.metrics import read_metrics
 from distiljax.train.parallel import AXIS, Parallel
@@ -55,17 +55,24 @@ def run(workdir, parallel, batches, steps=6, wait=0.0, log_every=1):
         if wait:
             seen = jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.float32), seen)
         params = {"w": state.params["w"] + seen}
-        metrics = {"loss": params["w"], "seen": seen, "tokens": tokens}
+        metrics = {
+            "loss": params["w"],
+            "seen": seen,
+            "tokens": tokens,
+            "grad_norm": seen,
+            "skipped": 0 * seen,
+        }
         return TrainState(state.step + 1, params, state.opt_state), metrics
 
     outcome = run_loop(
         description="testing",
         workdir=workdir,
-        schedule=Schedule(steps, log_every, 0, 0, 1),
+        schedule=Schedule(steps, log_every, 0, 0, 1, 1),
         parallel=parallel,
         state=jax.device_get(TrainState.create({"w": jnp.zeros(())}, optax.sgd(0.1))),
         step=parallel.wrap(train_step, donate=True),
         batches=batches,
+        whole_batch=RowLoader.whole_batch,
         evaluate=lambda params: {"loss": 1.0},
     )
     assert outcome.finished and outcome.step == steps
@@ -132,3 +139,77 @@ def test_data_wait_is_the_time_that_the_devices_wait(tmp_path, step, reading, sh
     assert abs(train["data_wait"][0] - share) < 0.2
     # Reading and training overlap.
     assert time.monotonic() - began < steps * max(step, reading) + 3
+
+
+def run_on_poison(workdir, corpus, poison, *, limit, steps=10, checkpoint_every=2, log_every=4):
+    """Every step adds 1 to `w`, but for those whose batch has one of the `poison` rows, which are skipped."""
+
+    def train_step(state, rows):
+        bad = lax.psum(jnp.isin(rows["input_ids"][:, 1], jnp.asarray(poison)).sum(), AXIS)
+        loss = jnp.where(bad > 0, jnp.nan, 1.0)
+        params = {"w": state.params["w"] + jnp.where(bad > 0, 0.0, 1.0)}
+        metrics = {
+            "loss": loss,
+            "tokens": jnp.float32(1),
+            "grad_norm": loss,
+            "skipped": 1.0 - jnp.isfinite(loss),
+        }
+        return TrainState(state.step + 1, params, state.opt_state), metrics
+
+    parallel = Parallel("jit", jax.devices()[:2])
+    loader = RowLoader(corpus, BATCH, seed=3)
+    return run_loop(
+        description="testing",
+        workdir=workdir,
+        schedule=Schedule(steps, log_every, 0, checkpoint_every, 2, limit),
+        parallel=parallel,
+        state=jax.device_get(TrainState.create({"w": jnp.zeros(())}, optax.sgd(0.1))),
+        step=parallel.wrap(train_step, donate=True),
+        batches=lambda start: RowLoader(corpus, BATCH, seed=3, start=start),
+        whole_batch=loader.whole_batch,
+        evaluate=lambda params: {"loss": 1.0},
+    )
+
+
+def batches_with(corpus, row, steps):
+    loader = RowLoader(corpus, BATCH, seed=3)
+    return [step for step in range(steps) if row in loader.whole_batch(step)["input_ids"][:, 1]]
+
+
+def test_skipped_steps_are_counted_and_named(tmp_path, corpus, caplog):
+    bad = batches_with(corpus, 13, 10)
+    assert len(bad) == 2  # 5 batches an epoch
+    with caplog.at_level("WARNING", "distiljax"):
+        outcome = run_on_poison(tmp_path, corpus, [13], limit=2)
+    assert outcome.finished and outcome.skipped == 2
+    lines = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
+    loader = RowLoader(corpus, BATCH, seed=3)
+    for line, step in zip(lines, bad, strict=True):
+        assert f"step {step + 1}: loss nan, gradient norm nan" in line and "(1 of at most 2 in a row)" in line
+        assert ", ".join(map(str, loader.whole_batch(step)["rows"])) in line
+    train = read_metrics(tmp_path)["train"]
+    assert sum(value for _, value in train["skipped"]) == 2
+    # The means are of the steps that counted.
+    assert {value for _, value in train["loss"]} == {1.0}
+    assert not list(tmp_path.glob("nonfinite*"))
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_leave_the_batch(tmp_path, corpus):
+    every = list(range(40))
+    with pytest.raises(
+        Failed, match=r"loss nan, gradient norm nan at step 3, as at 2 steps before it"
+    ) as raised:
+        run_on_poison(tmp_path, corpus, every, limit=3, log_every=100)
+    (path,) = tmp_path.glob("nonfinite_step_3.npz")
+    assert str(path) in str(raised.value) and "learning" not in str(raised.value)
+    expected = RowLoader(corpus, BATCH, seed=3).whole_batch(2)
+    with np.load(path, allow_pickle=False) as kept:
+        assert kept["step"] == 3
+        for name, value in expected.items():
+            np.testing.assert_array_equal(kept[name], value)
+    # Row n of the corpus is the example [1000, n, 1001].
+    np.testing.assert_array_equal(expected["rows"], expected["input_ids"][:, 1])
+    # What was saved before is there, and the run goes on from it: the same way, into the same batches.
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    outcome = run_on_poison(tmp_path, corpus, [], limit=3)
+    assert outcome.finished and outcome.skipped == 2

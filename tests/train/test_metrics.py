@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 import struct
 import subprocess
 import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from distiljax.errors import UserError
+from distiljax.train import storage
 from distiljax.train.metrics import MetricWriter, read_metrics
+from tests.gcs import bucket, gcs, objects  # noqa: F401, fixtures
 
 
 def lines(workdir):
@@ -155,3 +161,154 @@ def test_tensorflow_is_not_imported(tmp_path):
         f"MetricWriter({str(tmp_path)!r}).close(); assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_scalars_of_a_record_are_one_event(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(10, "train", {"loss": 2.5, "seconds": 0.5})
+    (event,) = (e for e in events(tmp_path) if e.summary.value)
+    assert [v.tag for v in event.summary.value] == ["train/loss", "train/seconds"]
+
+
+# What a run does when its disk fills up and is emptied again; it tells on standard output what was logged when.
+FULL_DISK = textwrap.dedent(
+    """
+    import json, logging, sys
+    from pathlib import Path
+    from distiljax.train.metrics import MetricWriter
+
+    logging.basicConfig(format="%(message)s")
+    workdir = Path(sys.argv[1])
+    {fill}
+    with MetricWriter(workdir) as writer:
+        for step in range(1, 201):
+            writer.write(step, "train", {{"loss": step / 3, "grad_norm": step / 7}})
+            if step == 100:
+                print(json.dumps((workdir / "metrics.jsonl").read_text()))
+                {empty}
+    """
+)
+LIMIT = (
+    "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))",
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
+)
+BALLAST = (  # leaves 12 kB of 64
+    "(workdir / 'ballast').write_bytes(bytes(52 * 1024))",
+    "(workdir / 'ballast').unlink()",
+)
+# A small disk for one process and its children; it ends with them, so its files are copied out.
+SMALL_DISK = (
+    'mount -t tmpfs -o size=64k none "$1" && { (shift 2; "$@"); status=$?; cp -r "$1/." "$2"; exit $status; }'
+)
+
+
+def run_out_of_space(workdir, fill, empty, *prefix):
+    """The log's text when the disk is full, and what was said on standard error."""
+    code = FULL_DISK.format(fill=fill, empty=empty)
+    command = [*prefix, sys.executable, "-c", code, str(workdir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def check_full_disk(workdir, full, said, reason):
+    # At the time there were whole lines only, and fewer than were logged.
+    assert full.endswith("\n") and 0 < len(full.splitlines()) < 100
+    assert [json.loads(line)["step"] for line in full.splitlines()] == [*range(1, full.count("\n") + 1)]
+    # In the end there is all of it, once.
+    assert [record["step"] for record in lines(workdir)] == [*range(1, 201)]
+    scalars = [(e.step, len(e.summary.value)) for e in events(workdir) if e.summary.value]
+    assert scalars == [(step, 2) for step in range(1, 201)]
+    # One warning for each file when it is full, and one when it is not.
+    messages = said.splitlines()
+    assert sum(f"cannot be written ({reason}); the run goes on" in message for message in messages) == 2
+    assert sum("is written again" in message for message in messages) == 2 and len(messages) == 4
+
+
+def test_a_file_that_may_not_grow_does_not_end_a_run(tmp_path):
+    full, said = run_out_of_space(tmp_path, *LIMIT)
+    check_full_disk(tmp_path, full, said, "File too large")
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path):
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    copy.mkdir()
+    own = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*own, f"mount -t tmpfs none {disk}"], check=False).returncode
+    ):
+        pytest.skip("no right to mount a tmpfs, not even in a name space of one's own")
+    full, said = run_out_of_space(disk, *BALLAST, *own, SMALL_DISK, "sh", str(disk), str(copy))
+    check_full_disk(copy, full, said, "No space left on device")
+
+
+def test_records_that_never_got_room_are_counted(tmp_path):
+    full, said = run_out_of_space(tmp_path, LIMIT[0], "pass")
+    kept = len(full.splitlines())
+    assert [record["step"] for record in lines(tmp_path)] == [*range(1, kept + 1)]
+    assert f"metrics.jsonl: the last {200 - kept} records could not be written and are lost" in said
+    assert len(said.splitlines()) == 4
+
+
+def test_an_unreachable_directory_does_not_end_a_run(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file in the way")
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        assert "cannot be written" in caplog.text and "tensorboard" in caplog.text
+        (tmp_path / "tensorboard").unlink()
+        writer.write(2, "train", {"loss": 2.0})
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
+    assert [e.step for e in events(tmp_path) if e.summary.value] == [1, 2]
+
+
+def test_a_log_on_a_full_disk_can_be_gone_on_with(tmp_path):
+    """Dropping the records of steps that are run again needs no room."""
+    with MetricWriter(tmp_path) as writer:
+        for step in range(1, 11):
+            writer.write(step, "train", {"loss": float(step)})
+    code = (
+        "import resource, sys; from distiljax.train.metrics import MetricWriter; import tensorboardX.summary; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); MetricWriter(sys.argv[1], 5).close()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert not (tmp_path / "metrics.jsonl.tmp").exists()
+
+
+def test_a_remote_log_is_kept_up_to_date_and_gone_on_with(bucket, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(storage.Mirror.__init__, "__defaults__", (0.05,))
+    path = storage.as_path(bucket) / "metrics.jsonl"
+    with MetricWriter(bucket) as writer:
+        for step in (10, 20, 30):
+            writer.write(step, "train", {"loss": float(step)})
+        deadline = time.monotonic() + 20
+        while not path.exists() or path.read_text().count("\n") < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert read_metrics(bucket) == {"train": {"loss": [(10, 10.0), (20, 20.0), (30, 30.0)]}}
+    with MetricWriter(bucket, start_step=20) as writer:
+        scratch = writer._directory
+        writer.write(30, "train", {"loss": -30.0})
+    assert not scratch.exists()
+    assert read_metrics(bucket) == {"train": {"loss": [(10, 10.0), (20, 20.0), (30, -30.0)]}}
+    tensorboard = [name for name in objects(bucket) if name.startswith("tensorboard/events.out.tfevents.")]
+    assert len(tensorboard) == 2
+    with MetricWriter(bucket):
+        pass
+    assert read_metrics(bucket) == {}
+
+
+def test_a_remote_that_is_away_does_not_end_a_run(bucket, gcs, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(storage.Mirror.__init__, "__defaults__", (0.05,))
+    gcs.refused = {"match": "upload", "methods": ("POST",), "status": 403}
+    with caplog.at_level(logging.WARNING, "distiljax"), MetricWriter(bucket) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, "train", {"loss": 1.0})
+            time.sleep(0.1)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("distiljax")]
+    assert len(messages) == 2 and "access is denied" in messages[0]
+    assert f"the log of {bucket} is left in {writer._directory}" in messages[1]
+    assert len(lines(writer._directory)) == 3
+    shutil.rmtree(writer._directory)
