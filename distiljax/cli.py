@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import logging
 import os
 import re
@@ -308,19 +309,27 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+def _ignore_closed_loops(otherwise: Callable[[Any], Any], unraisable: Any) -> None:
+    """After a save that fails, Orbax's writers still report to the event loop that it has given up."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        otherwise(unraisable)
+
+
 def set_up_logging() -> None:
     """Send the log of the package to standard error, one short line a record."""
     # transformers says at import that it has found no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax logs the traceback of a save that fails, which train/checkpoint.py warns of in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logger = logging.getLogger("distiljax")
     if not logger.handlers:
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
+        sys.unraisablehook = functools.partial(_ignore_closed_loops, sys.unraisablehook)
     logger.setLevel(logging.INFO)
 
 

@@ -120,32 +120,40 @@ def _prepare(values: Flags, rest: list[str]) -> int:
         )
     beam = _beam_options(values)
     import distiljax
+    from distiljax.data import remote
     from distiljax.tasks.corpus_report import print_corpus
+    from distiljax.train import storage
 
+    if storage.is_remote(out) and (beam or values.shard_count > 1):
+        raise UserError(
+            f"--out={out} is remote; with --beam or --shard_count prepare into a directory that all machines mount, "
+            "and copy it"
+        )
     tokenizer = distiljax.load_tokenizer(name)
     splits = tuple(dict.fromkeys(values.split))
-    if beam:
-        from distiljax.data.beam import prepare_on_beam
+    with remote.preparing(out) as directory:
+        if beam:
+            from distiljax.data.beam import prepare_on_beam
 
-        corpora = prepare_on_beam(config.data, tokenizer, out, splits=splits, pipeline_options=beam)
-    else:
-        from distiljax.data.watch import prepare_watched
+            corpora = prepare_on_beam(config.data, tokenizer, directory, splits=splits, pipeline_options=beam)
+        else:
+            from distiljax.data.watch import prepare_watched
 
-        corpora = prepare_watched(
-            config.data,
-            tokenizer,
-            out,
-            splits=splits,
-            workers=values.workers or _cores(),
-            shard_index=values.shard_index,
-            shard_count=values.shard_count,
-        )
+            corpora = prepare_watched(
+                config.data,
+                tokenizer,
+                directory,
+                splits=splits,
+                workers=values.workers or _cores(),
+                shard_index=values.shard_index,
+                shard_count=values.shard_count,
+            )
     if not corpora:
         print(
             f"part {values.shard_index} of {values.shard_count} is done; {out} is complete when all parts are"
         )
     for split in corpora:
-        print_corpus(os.path.join(out, split))
+        print_corpus(directory / split)
     return 0
 
 
@@ -224,8 +232,6 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
     del rest
     if bool(values.workdir) == bool(values.model):
         raise UserError("give either --workdir=RUN or --model=NAME=PATH … with --data=DIR")
-    from pathlib import Path
-
     import distiljax
     from distiljax.report import print_retention_table
     from distiljax.train.run import write_json
@@ -241,12 +247,12 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
                 raise UserError(f"--model={spec}; expected NAME=PATH, each name once")
             models[name] = path if equals else spec
         evaluation = distiljax.evaluate_models(models, data, rows=values.rows, dtype=values.dtype)
-    from distiljax.train import distributed
+    from distiljax.train import distributed, storage
 
     if not distributed.first():
         return 0
     if values.out:
-        write_json(Path(values.out), evaluation)
+        write_json(storage.as_path(values.out), evaluation)
     if values.json:
         print(json.dumps(evaluation, indent=2))
     else:
@@ -356,9 +362,7 @@ def _plan(values: Flags, rest: list[str]) -> int:
     from distiljax.plan import make_plan
     from distiljax.plan.table import print_plan
 
-    plan = make_plan(
-        values.config, topologies, search=values.search, mfu=values.mfu, tokens=values.tokens
-    )
+    plan = make_plan(values.config, topologies, search=values.search, mfu=values.mfu, tokens=values.tokens)
     if values.json:
         print(json.dumps(plan, indent=2))
     else:

@@ -1,11 +1,11 @@
 """What a run of several processes survives: kills and signals at random moments, and another number of processes.
 
-    python scripts/benchmark_faults.py --teacher=DIR --source=FILE [--kills=20] [--terms=5] [--steps=2000] [--processes=2]
+    python scripts/benchmark_faults.py --teacher=DIR --source=FILE [--kills=20] [--terms=5] [--steps=2000]
 
 A small distillation of the teacher on the CPU, its processes talking over gloo. First unbroken; then again with SIGKILL
-to one process at a random moment, so many times, and SIGTERM to one, so many times, and to its end: it must end with the
-same parameters, bit for bit. Last with a change from several processes to one and back: the same to 1e-5. Prints Markdown
-for BENCHMARKS.md; exit status 1 if anything differs.
+to one process at a random moment, so many times, and SIGTERM to one, so many times, and to its end: it must end with
+the same parameters, bit for bit. Last with a change from several processes to one and back: the same to 1e-5. Prints
+Markdown for BENCHMARKS.md; exit status 1 if anything differs.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python scripts/plot_scaling.py --config=configs/distilbert_base.py \\
         --topologies=v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16 --out=DIR
 
-Compiles the step for each slice with the TPU compiler of the libtpu package, which needs no TPU, and writes scaling.png,
-scaling.md and plans.json to DIR. Plans that DIR/plans.json holds are not made again. The ideal line is the first
-slice's step time divided by how many times as many chips there are.
+Compiles the step for each slice with the TPU compiler of the libtpu package, which needs no TPU, and writes
+scaling.png, scaling.md and plans.json to DIR. Plans that DIR/plans.json holds are not made again. The ideal line is
+the first slice's step time divided by how many times as many chips there are.
 """
 
 from __future__ import annotations
@@ -49,16 +49,14 @@ def figure(machines: list[dict[str, Any]]) -> Figure:
     left.set_title("Step time")
     left.set_yscale("log")
     left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_seconds(value)))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{s:g} s" if s >= 1 else f"{1000 * s:g} ms"))
     left.yaxis.set_minor_formatter(NullFormatter())
 
     given = [machine["collective_bytes"] / 1e6 for machine in machines]
     sent = [2 * (n - 1) / n * size for n, size in zip(chips, given, strict=True)]
     right.plot(chips, sent, color=plots.GREEN, marker="s", markersize=6, label="sent by a chip")
-    right.plot(
-        chips, given, color=plots.COLOURS[3], marker="D", markersize=6, label="gradients, reduced once a step"
-    )
-    right.set_title("Bytes of the reductions of a step (MB)")
+    right.plot(chips, given, color=plots.COLOURS[3], marker="D", markersize=6, label="gradients, once a step")
+    right.set_title("Reduced in a step (MB)")
     right.set_ylim(bottom=0, top=1.15 * max(sent))
     for ax in (left, right):
         ax.set_xscale("log", base=2)

@@ -51,6 +51,19 @@ def preparing(place: str | os.PathLike[str]) -> Iterator[Path]:
     publish(directory, place)
 
 
+def local(place: str | os.PathLike[str]) -> Path:
+    """The local directory with the finished corpus at `place`: itself, or the copy of a remote one, fetched now.
+
+    Raises:
+      UserError: as `fetch`; or there is none.
+    """
+    if not storage.is_remote(place):
+        return Path(place)
+    if (directory := fetch(place)) is None:
+        raise UserError(f"{storage.absolute(place)} holds no prepared corpus; prepare it first")
+    return directory
+
+
 def fetch(url: str | os.PathLike[str]) -> Path | None:
     """The local copy of a remote corpus, made or brought up to date now; None if no finished corpus is there.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distiljax.data import Metadata, RowLoader
+from distiljax.data import Metadata, RowLoader, remote
 from distiljax.data.metadata import METADATA_FILE
 from distiljax.data.watch import prepare_watched
 from distiljax.distill.config import check_ranges
@@ -264,25 +264,17 @@ def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[P
 
     Process 0 prepares, while the others wait. Of rows that are remote every machine keeps a copy.
     """
-    if storage.is_remote(config.data_dir or workdir):
-        from distiljax.data import remote
     place = storage.as_path(config.data_dir) if config.data_dir else workdir / "data"
-    directory = remote.cache_dir(place) if storage.is_remote(place) else Path(place)
 
-    def prepared() -> list[str]:
-        if storage.is_remote(place):
-            remote.fetch(place)
-        if not (directory / "train" / METADATA_FILE).is_file():
-            log.info("%s has no prepared rows yet; preparing them from %s", place, config.data.source)
-        # Whoever names a directory means what is in it, and need not repeat every setting that it was made with.
-        corpora = prepare_watched(config.data, tokenizer, directory, adopt=bool(config.data_dir))
-        if storage.is_remote(place):
-            remote.publish(directory, place)
-        return list(corpora)
+    def prepare() -> list[str]:
+        with remote.preparing(place) as directory:
+            if not (directory / "train" / METADATA_FILE).is_file():
+                log.info("%s has no prepared rows yet; preparing them from %s", place, config.data.source)
+            # Whoever names a directory means what is in it, and need not repeat every setting that it was made with.
+            return list(prepare_watched(config.data, tokenizer, directory, adopt=bool(config.data_dir)))
 
-    splits = distributed.from_first(prepared)
-    if storage.is_remote(place):
-        remote.fetch(place)
+    splits = distributed.from_first(prepare)
+    directory = remote.local(place)
     corpora = {split: Metadata.load(directory / split) for split in splits}
     for name, metadata in corpora.items():
         log.info(

@@ -67,7 +67,8 @@ def tpu_devices(topology: Topology) -> list[Any]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology.name} needs the TPU compiler, which is not installed: pip install 'distiljax[plan]'"
+            f"--topology={topology.name} needs the TPU compiler, libtpu, on Linux and x86-64: "
+            "pip install 'distiljax[plan]'"
         )
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -108,7 +109,14 @@ def compile_step(program: Program, devices: list[Any], micro_batch_size: int) ->
             raise UserError(f"the TPU compiler fails: {_line(error)}") from error
         needed, available = parse_shortage(str(error))
         return Compiled(micro_batch_size, False, seconds, needed, available)
-    stats = compiled.memory_analysis()
+    try:
+        stats: Any = compiled.memory_analysis()
+        text, costs = compiled.as_text() or "", compiled.cost_analysis()
+    except Exception as error:  # a libtpu whose programs this jaxlib cannot read
+        raise UserError(
+            f"jax cannot read what the installed libtpu compiles ({_line(error)}); install the libtpu that goes with "
+            "it: pip install 'distiljax[plan]'"
+        ) from error
     memory = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
@@ -117,8 +125,7 @@ def compile_step(program: Program, devices: list[Any], micro_batch_size: int) ->
         "program": stats.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values()) - 2 * memory["aliased"]
-    profile = XlaProgram(compiled.as_text() or "").profile()
-    costs = compiled.cost_analysis()
+    profile = XlaProgram(text).profile()
     once = (costs[0] if isinstance(costs, list) else costs or {}).get("flops", 0.0)
     # XLA counts a loop's body once. Nearly all work is in the loop over micro-batches, so what the loops make of the
     # matrix products they make of everything.

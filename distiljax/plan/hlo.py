@@ -29,7 +29,28 @@ _COLLECTIVES = (
 # What moves no bytes of its own: names for parts of other values, the ends of copies counted at their start, and
 # calls, whose inside is counted.
 _FREE = frozenset(
-    ["parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "all-reduce-done", "all-gather-done", "collective-permute-done", "opt-barrier", "add-dependency"]
+    [
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "constant",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "copy-done",
+        "slice-done",
+        "async-done",
+        "async-update",
+        "all-reduce-done",
+        "all-gather-done",
+        "collective-permute-done",
+        "opt-barrier",
+        "add-dependency",
+    ]
 )
 
 
@@ -282,7 +303,7 @@ def _convolution_flops(op: Op, ops: dict[str, Op]) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     if labels is None:
         return 0.0
-    window = collections.defaultdict(list[str])
+    window: dict[str, list[str]] = collections.defaultdict(list)
     if (found := re.search(r"window=\{([^}]*)\}", op.attributes)) is not None:
         for item in found[1].split():
             key, _, value = item.partition("=")

@@ -73,11 +73,22 @@ CHIPS = TPUS | GPUS
 _ALIASES = {"v5litepod": "v5e", "v100": "v100-16gb", "a100": "a100-40gb", "h100-80gb": "h100"}
 
 # The shapes that the Cloud TPU documentation lists for each number of chips.
-_SHAPES = {
-    2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-    | {512: (16, 32), 1024: (32, 32)},
-    3: {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)}
-    | {256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)},
+_SQUARES = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)]
+_CUBES = [
+    (1, 1, 1),
+    (2, 2, 1),
+    (2, 2, 2),
+    (2, 2, 4),
+    (2, 4, 4),
+    (4, 4, 4),
+    (4, 4, 8),
+    (4, 8, 8),
+    (8, 8, 8),
+    (8, 8, 16),
+]
+_SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
+    2: {math.prod(sides): sides for sides in _SQUARES},
+    3: {math.prod(sides): sides for sides in _CUBES},
 }
 _EXPECTED = "expected a TPU slice such as v5e:4x4, v5e-16, v4:2x2x4 or v4-32, or GPUs such as h100:8"
 

@@ -60,8 +60,7 @@ def make_plan(
         program.share(topology.chips * topology.devices_per_chip)
     devices = [tpu_devices(topology) if topology.chip.is_tpu else None for topology in parsed]
     machines = [
-        _machine(program, topology, held, search, mfu)
-        for topology, held in zip(parsed, devices, strict=True)
+        _machine(program, topology, held, search, mfu) for topology, held in zip(parsed, devices, strict=True)
     ]
     return {"run": _run(program, config, mfu), "machines": machines}
 
@@ -72,6 +71,11 @@ def _run(program: Program, config: ConfigDict, mfu: float) -> dict[str, Any]:
     notes = []
     if config.parallel.mode == "pmap":
         notes.append("parallel.mode is pmap; planned as jit, which does the same work")
+    if program.model_axis > 1:
+        notes.append(
+            f"parallel.model is {program.model_axis}: the collectives in the loop are those of the spread teacher, and "
+            "devices that share one may each reduce a part of the gradients"
+        )
     return {
         "teacher": config.get("teacher") or None,
         "model": config.get("model") or None,

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from distiljax.train.format import MISSING, human_bytes, human_count, human_number, human_percent, human_seconds
+from distiljax.train.format import (
+    MISSING,
+    human_bytes,
+    human_count,
+    human_number,
+    human_percent,
+    human_seconds,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +59,9 @@ def plan_markdown(plan: Plan) -> str:
     names = [machine["topology"] for machine in plan["machines"]]
     lines = [*_introduction(plan["run"]), "", f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for label, cells in plan_rows(plan):
-        lines.append(f"| {label} | {' | '.join(cells)} |" if cells else f"| **{label}** |" + " |" * len(names))
+        lines.append(
+            f"| {label} | {' | '.join(cells)} |" if cells else f"| **{label}** |" + " |" * len(names)
+        )
     return "\n".join([*lines, "", *(f"- {remark}" for remark in _remarks(plan))]) + "\n"
 
 
@@ -70,7 +80,11 @@ def plan_rows(plan: Plan) -> list[Row]:
 
     rows.append(("Memory of a device", []))
     add("Fits", lambda m: "yes" if m["fits"] else "no")
-    add("Needed, where it does not fit", lambda m: MISSING if m["fits"] else human_bytes(m["needed"]), always=False)
+    add(
+        "Needed, where it does not fit",
+        lambda m: MISSING if m["fits"] else human_bytes(m["needed"]),
+        always=False,
+    )
     add("Largest micro-batch that fits, rows", lambda m: _whole(m["largest_micro_batch_size"]), always=False)
     add("Planned micro-batches × rows", lambda m: f"{m['micro_batches']} × {m['planned_micro_batch_size']}")
     add("Arguments: state, teacher, rows", lambda m: size(m, "arguments"))
@@ -98,15 +112,15 @@ def plan_rows(plan: Plan) -> list[Row]:
         "expected": f"At {100 * run['mfu']:g} % of the peak",
     }
     for name, label in names.items():
-        add(label, lambda m, name=name: human_seconds(_of(m, name, "step_seconds")), always=False)
+        add(label, functools.partial(_seconds, name), always=False)
     rows.append(("Tokens a second", []))
     for name, label in names.items():
-        add(label, lambda m, name=name: human_count(_of(m, name, "tokens_per_second")), always=False)
+        add(label, functools.partial(_rate, name), always=False)
     steps = run["steps"]
     title = f"The run of {steps:,} steps" if steps else "1,000 steps"
     rows.append((f"{title}: hours (chip-hours)", []))
     for name, label in names.items():
-        add(label, lambda m, name=name: _hours(m, name, bool(steps)), always=False)
+        add(label, functools.partial(_hours, name, bool(steps)), always=False)
     return rows
 
 
@@ -127,7 +141,9 @@ def _introduction(run: Plan) -> list[str]:
         what = f"Teacher {run['teacher']} ({teacher}), student of {trained}"
     else:
         what = f"Masked LM {run['model']} of {trained}"
-    batch = f"{run['batch_size']:,} rows × {run['seq_len']} = {human_count(run['tokens_per_step'])} tokens a step"
+    batch = (
+        f"{run['batch_size']:,} rows × {run['seq_len']} = {human_count(run['tokens_per_step'])} tokens a step"
+    )
     return [f"{what}; {run['dtype']}; {batch}.", f"Its shape is from {run['shape_from']}."]
 
 
@@ -140,7 +156,11 @@ def _remarks(plan: Plan) -> list[str]:
             largest = machine["largest_micro_batch_size"]
             room = f" and there are {human_bytes(machine['available'])}" if machine["available"] else ""
             need = f" needs {human_bytes(machine['needed'])}{room}" if machine["needed"] else " has no room"
-            fix = f"set --config.micro_batch_size={largest}" if largest else "take larger or more chips, shorter rows"
+            fix = (
+                f"set --config.micro_batch_size={largest}"
+                if largest
+                else "take larger or more chips, shorter rows"
+            )
             remarks.append(f"{name}: a micro-batch of {machine['micro_batch_size']}{need}; {fix}.")
     if any(machine["compiled"] for machine in machines):
         remarks.append(
@@ -152,13 +172,15 @@ def _remarks(plan: Plan) -> list[str]:
         "reduction of the gradients, which nothing hides: every device sends 2(N − 1)/N of them over all its links."
     )
     if any(machine["times"]["compiler"] for machine in machines):
-        remarks.append("Compiler's estimate: the cycles of its own cost model, added up; not measured on a device.")
+        remarks.append(
+            "Compiler's estimate: the cycles of its own cost model, added up; not measured on a device."
+        )
     remarks.append(
         f"At {100 * run['mfu']:g} % of the peak: the counted work at that share of the matrix units' peak (--mfu)."
     )
     if not run["steps"]:
         remarks.append(
-            "For hours of the whole run give --config.steps, --config.data_dir of prepared rows, or --tokens of the text."
+            "For the hours of the whole run give --config.steps, --config.data_dir of prepared rows, or --tokens."
         )
     elif run["steps_from"] != "config.steps":
         remarks.append(f"{run['steps']:,} steps: {run['steps_from']}.")
@@ -170,7 +192,15 @@ def _of(machine: Plan, name: str, field: str) -> float | None:
     return machine["run"].get(name, {}).get(field)
 
 
-def _hours(machine: Plan, name: str, whole: bool) -> str:
+def _seconds(name: str, machine: Plan) -> str:
+    return human_seconds(_of(machine, name, "step_seconds"))
+
+
+def _rate(name: str, machine: Plan) -> str:
+    return human_count(_of(machine, name, "tokens_per_second"))
+
+
+def _hours(name: str, whole: bool, machine: Plan) -> str:
     hours = _of(machine, name, "hours" if whole else "hours_per_1000_steps")
     if hours is None:
         return MISSING
@@ -199,4 +229,3 @@ def _signed(share: float | None) -> str:
     if share is None:
         return MISSING
     return ("+" if share >= 0 else "−") + human_percent(abs(share))
-

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distiljax.data import Metadata
+from distiljax.data import Metadata, remote
 from distiljax.distill.evaluator import EVAL_SEED, Evaluator, full_counts
 from distiljax.distill.masking import Masking, masking_weights
 from distiljax.distill.runs import DTYPES, count_parameters, prepare_corpus, run_student
@@ -94,6 +94,7 @@ def evaluate_models(
         candidates = [dataclasses.replace(c, module=c.module.clone(dtype=DTYPES[dtype])) for c in models]
     if not candidates:
         raise UserError("no model to evaluate; give at least one")
+    corpus = _local(corpus)
     metadata = Metadata.load(corpus)
     metadata.check_tokenizer(tokenizer)
     for candidate in candidates:
@@ -155,6 +156,14 @@ def evaluate_models(
         "dtype": dtype,
         "models": results,
     }
+
+
+def _local(corpus: str | os.PathLike[str]) -> Path:
+    """The directory of one split, or its copy where it is remote."""
+    if not storage.is_remote(corpus):
+        return Path(corpus)
+    split = storage.as_path(corpus)
+    return remote.local(split.parent) / split.name
 
 
 def encoder_speed(candidates: Sequence[Candidate], seq_len: int) -> list[dict[str, float]]:

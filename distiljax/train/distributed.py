@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from distiljax.errors import Stopped, UserError
+from distiljax.errors import Failed, Stopped, UserError
 from distiljax.train import storage
 from distiljax.train.signals import stop_signals
 
@@ -40,10 +40,6 @@ TOKEN = ".processes"
 _PREFIX = "distiljax"
 _SLICE = 1.0  # seconds that a wait for another process goes on before it looks for signals
 _GRACE = 3.0  # seconds that a process has to end by itself once another one has
-
-
-class Told(UserError):
-    """Bad input that process 0 has found, and prints."""
 
 
 @dataclasses.dataclass
@@ -80,7 +76,8 @@ def start(
       lost_after: seconds of silence after which a process counts as lost and the others end, with status 1.
 
     Raises:
-      UserError: arguments that do not fit together, or the others cannot be reached.
+      UserError: arguments that do not fit together, or a cluster that JAX cannot make out.
+      Failed: the others cannot be reached.
     """
     _check(coordinator_address, num_processes, process_id, lost_after)
     if num_processes == 1 or (coordinator_address is None and _alone()):
@@ -105,8 +102,10 @@ def start(
             return  # no cluster
         raise UserError(f"the other processes were not found: {_line(error)}; {_ADVICE}") from error
     except RuntimeError as error:
+        if coordinator_address is None and "must be called before" in str(error):
+            return  # a program that has been using JAX: it is alone, or has joined the others by itself
         where = f" at {coordinator_address}" if coordinator_address else ""
-        raise UserError(f"the other processes{where} cannot be reached: {_line(error)}; {_ADVICE}") from error
+        raise Failed(f"the other processes{where} cannot be reached: {_line(error)}; {_ADVICE}") from error
     if jax.process_count() > 1:
         _begin(lost_after)
 
@@ -187,7 +186,7 @@ def from_first(work: Callable[[], T]) -> T:
     Every process must call it, in the same order.
 
     Raises:
-      UserError: what `work` raised.
+      UserError, Failed: what `work` raised.
       Stopped: a signal came while this process waited.
     """
     if jax.process_count() == 1:
@@ -196,14 +195,17 @@ def from_first(work: Callable[[], T]) -> T:
     if first():
         try:
             result = work()
-        except UserError as error:
-            _set(key, json.dumps({"error": str(error)}))
+        except (UserError, Failed) as error:
+            kind = "error" if isinstance(error, UserError) else "failed"
+            _set(key, json.dumps({kind: str(error)}))
             raise
         _set(key, json.dumps({"result": result}))
         return result
     said = json.loads(_wait_for(key))
     if "error" in said:
-        raise Told(said["error"])
+        raise UserError(said["error"])
+    if "failed" in said:
+        raise Failed(said["failed"])
     return said["result"]
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from distiljax.errors import UserError
+from distiljax.errors import Failed, UserError
 
 log = logging.getLogger(__name__)
 
@@ -79,28 +79,29 @@ def errors(name: str | os.PathLike[str]) -> Iterator[None]:
     """Turns whatever an object store and its client raise into one line; errors of local paths and disks pass.
 
     Raises:
-      UserError: the remote is not there, may not be used or cannot be reached.
+      UserError: the remote is not there or may not be used.
+      Failed: it cannot be reached now.
     """
     try:
         yield
-    except UserError:
+    except (UserError, Failed):
         raise
     except Exception as error:  # every client has kinds of its own, which share no base class
         if not is_remote(name) or _is_full(error):
             raise
-        raise UserError(_explained(os.fspath(name), error)) from error
+        raise _explained(os.fspath(name), error) from error
 
 
-def _explained(name: str, error: Exception) -> str:
+def _explained(name: str, error: Exception) -> Exception:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     if isinstance(error, FileNotFoundError):
-        return f"{name}: no such bucket or object ({line}); check the name"
+        return UserError(f"{name}: no such bucket or object ({line}); check the name")
     if isinstance(error, PermissionError) or _DENIED.search(f"{type(error).__module__} {line}"):
-        return (
+        return UserError(
             f"{name}: access is denied ({line}); check that the bucket is there, log in (gcloud auth "
             "application-default login), or give this machine's account access to the bucket"
         )
-    return f"{name} cannot be reached ({line}); try the same command again"
+    return Failed(f"{name} cannot be reached ({line}); try the same command again")
 
 
 def _is_full(error: BaseException) -> bool:

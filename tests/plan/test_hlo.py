@@ -58,7 +58,11 @@ def test_matrix_products_are_counted_as_xla_counts_them():
     [
         # As the TPU compiler writes x @ kernel, queries · keys (batch and heads as dilated spatial axes), and the
         # gradient of a kernel.
-        ("f32[16,512,768] convolution(%a, %b), window={size=1}, dim_labels=0bf_io0->0bf", (16, 512, 768), (768, 768, 1))
+        (
+            "f32[16,512,768] convolution(%a, %b), window={size=1}, dim_labels=0bf_io0->0bf",
+            (16, 512, 768),
+            (768, 768, 1),
+        )
         + (2 * 16 * 512 * 768 * 768,),
         (
             "f32[16,12,512,512] convolution(%a, %b), window={size=16x12 stride=15x11 lhs_dilate=16x12}, "
@@ -74,7 +78,11 @@ def test_matrix_products_are_counted_as_xla_counts_them():
             (16, 12, 64, 512),
             2 * 16 * 12 * 512 * 512 * 64,
         ),
-        ("f32[768,768,1] convolution(%a, %b), window={size=16}, dim_labels=0fb_0io->bf0", (16, 512, 768), (16, 512, 768))
+        (
+            "f32[768,768,1] convolution(%a, %b), window={size=16}, dim_labels=0fb_0io->bf0",
+            (16, 512, 768),
+            (16, 512, 768),
+        )
         + (2 * 16 * 512 * 768 * 768,),
     ],
 )
@@ -86,7 +94,9 @@ def test_products_that_a_tpu_makes_of_convolutions(line, left, right, flops):
 
 
 def test_bytes_of_arrays_and_the_memory_they_lie_in():
-    arrays = _arrays("(f32[16,512]{1,0:T(8,128)S(1)}, /*index=1*/bf16[8,3]{1,0:T(8,128)(2,1)}, pred[7]{0}, s32[])")
+    arrays = _arrays(
+        "(f32[16,512]{1,0:T(8,128)S(1)}, /*index=1*/bf16[8,3]{1,0:T(8,128)(2,1)}, pred[7]{0}, s32[])"
+    )
     assert [(a.bytes, a.space) for a in arrays] == [(16 * 512 * 4, 1), (8 * 3 * 2, 0), (7, 0), (4, 0)]
     assert [a.bytes for a in _arrays("f8e4m3fn[10] u4[10] c64[2]")] == [10, 5, 16]
 

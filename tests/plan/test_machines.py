@@ -35,7 +35,20 @@ def test_machines_by_shape_by_accelerator_type_and_by_number(text, name, chips):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "v5e:", "v5e:4x", "v5e:0x4", "v5e:4x4x4", "v4:4x4", "v5e-5", "v4-3", "v9:2x2", "h100:0", "h100:2x2", "h100-8"]
+    [
+        "",
+        "v5e:",
+        "v5e:4x",
+        "v5e:0x4",
+        "v5e:4x4x4",
+        "v4:4x4",
+        "v5e-5",
+        "v4-3",
+        "v9:2x2",
+        "h100:0",
+        "h100:2x2",
+        "h100-8",
+    ]
     + ["v5e:4×4", "16", "v5e:-4", "v5e 4x4", "a100:99999999"],
 )
 def test_other_spellings_are_refused_in_one_line_that_shows_an_example(text):
