@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distiljax.errors import UserError
     from distiljax.hub import save_pretrained
     from distiljax.nn import Encoder, EncoderConfig, MaskedLM
+    from distiljax.plan import make_plan
     from distiljax.report import write_report
     from distiljax.tasks.evaluate import evaluate_models, evaluate_run
     from distiljax.tasks.export import export
@@ -39,6 +40,7 @@ __all__ = [
     "fill_mask",
     "from_pretrained",
     "load_tokenizer",
+    "make_plan",
     "prepare",
     "pretrain",
     "pretrain_config",
@@ -55,6 +57,7 @@ _MODULES = {
     "distiljax.errors": ("UserError",),
     "distiljax.hub": ("save_pretrained",),
     "distiljax.nn": ("Encoder", "EncoderConfig", "MaskedLM"),
+    "distiljax.plan": ("make_plan",),
     "distiljax.report": ("write_report",),
     "distiljax.tasks.evaluate": ("evaluate_models", "evaluate_run"),
     "distiljax.tasks.export": ("export",),

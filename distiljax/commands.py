@@ -452,7 +452,8 @@ COMMANDS = {
         "distiljax plan --config=configs/distilbert_base.py --topology=h100:8 --tokens=4.2e9 --json",
         _define_plan,
         _plan,
-        "distill_config",
+        "plan_config",
+        "plan_part",
     ),
     "report": Command(
         "Write report.md with tables and plots of one or more runs.",

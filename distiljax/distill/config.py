@@ -209,3 +209,28 @@ def prepare_part(config: ConfigDict) -> ConfigDict:
     part.tokenizer = config.get("tokenizer") or model
     part.data = config.data
     return part
+
+
+def plan_config() -> ConfigDict:
+    """The config of `distiljax plan` with every key at its default; the config of a run will do, too.
+
+    That of a distill run, and what a pretrain run has besides:
+
+    model                               of a pretrain run, which has no teacher
+    hidden_dropout, attention_dropout   of a pretrain run
+    """
+    config = distill_config()
+    config.model = ""
+    config.hidden_dropout = config.attention_dropout = 0.1
+    return config
+
+
+def plan_part(config: ConfigDict) -> ConfigDict:
+    """The config of a distill or pretrain run with what the other kind has besides, at its default."""
+    whole, defaults = ConfigDict(config), plan_config()
+    if "model" in config:
+        defaults.teacher = ""
+    for key in defaults:
+        if key not in config:
+            whole[key] = defaults[key]
+    return whole
