@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A process that was lost shows in the others as whatever the network library calls it.
             if ended is None and processes.may_be_a_loss(error):
                 processes.await_verdict()
-            if not processes.said_by_first(line):
+            if line and not processes.said_by_first(line):
                 print(line, file=sys.stderr)
             if ended is None:
                 traceback.print_exception(error)

@@ -42,7 +42,8 @@ def _workdir(values: Flags) -> None:
 def _needed(values: Flags, *names: str) -> list[Any]:
     for name in names:
         if values[name].value in (None, "", []):
-            raise UserError(f"--{name} is missing: {' '.join(values[name].help.split())}")
+            text = values[name].help.partition(";\n")[0]  # the rest is absl's own words on repeated flags
+            raise UserError(f"--{name} is missing: {' '.join(text.split())}")
     return [values[name].value for name in names]
 
 
@@ -191,6 +192,8 @@ def _inspect(values: Flags, rest: list[str]) -> int:
         raise UserError(
             f"{len(rest)} directories; give one: that of a prepared corpus, or the --out of `distiljax prepare`"
         )
+    if "://" in rest[0]:
+        raise UserError(f"{rest[0]} is remote; copy it to this machine and give the copy")
     # A few rows need no accelerator, which may be busy with a run.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from distiljax.tasks.inspect import inspect
@@ -329,8 +332,11 @@ def _export(values: Flags, rest: list[str]) -> int:
     del rest
     workdir, out = _needed(values, "workdir", "out")
     import distiljax
+    from distiljax.train import distributed
 
     path = distiljax.export(workdir, out, checkpoint=values.checkpoint, overwrite=values.overwrite)
+    if not distributed.first():
+        return 0
     print(f'wrote {path}; in Python: transformers.AutoModelForMaskedLM.from_pretrained("{path}")')
     return 0
 

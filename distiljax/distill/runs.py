@@ -275,6 +275,7 @@ def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[P
 
     splits = distributed.from_first(prepare)
     directory = remote.local(place)
+    distributed.wait_for_all()  # copying may take longer than a first collective waits
     corpora = {split: Metadata.load(directory / split) for split in splits}
     for name, metadata in corpora.items():
         log.info(

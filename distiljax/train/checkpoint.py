@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from distiljax.errors import UserError
+from distiljax.errors import Failed, UserError
 from distiljax.train import distributed, storage
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ LAST = "checkpoints"
 BEST = "best"
 
 
-SAVE_SECONDS = 600  # that one process may take longer to write its part than the others
+SAVE_SECONDS = 180  # that one process may take longer to write its part than the others
 
 
 class _Store:
@@ -56,7 +56,8 @@ class _Store:
     def save(self, step: int, **items: Any) -> None:
         """Start to save the items as checkpoint `step`; an existing one of that step is kept."""
         self.settle()
-        if step in self.manager.all_steps():
+        # Process 0 says what is there: a network file system may show the others an older state.
+        if distributed.from_first(lambda: step in self.manager.all_steps()):
             return
         self._saving = step
         try:
@@ -110,7 +111,7 @@ class _Store:
             "CHECKPOINT %s COULD NOT BE SAVED to %s: %s; training goes on, and the newest checkpoint is %s",
             self._saving,
             self.directory,
-            storage_reason(error),
+            _reason(error),
             f"still that of step {max(kept)}" if kept else "none yet",
         )
 
@@ -137,21 +138,35 @@ class Checkpointer:
         self._best_saving: dict[str, Any] = {}
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest state, as host arrays in the shape of `template`, and the facts saved with it; None if none."""
-        args = ocp.args.Composite(state=_restore_args(template), facts=ocp.args.JsonRestore())
-        manager, directory = self._last.manager, self._last.directory
-        steps = sorted(manager.all_steps(), reverse=True)
+        """The newest state that can be read, and the facts saved with it; None if there is none.
+
+        Args:
+          template: a pytree of the state's shapes; the state comes as host arrays in its shape.
+
+        Raises:
+          UserError, Failed: there are checkpoints, but none can be read; Failed where the directory is remote and may
+            be out of reach.
+        """
+        directory = self._last.directory
+        # As above: all must try the same ones.
+        steps = distributed.from_first(lambda: sorted(self._last.manager.all_steps(), reverse=True))
+        damaged: list[int] = []
+        reason = ""
         for step, before in itertools.zip_longest(steps, steps[1:]):
             restored: Any = None
             reason = "in another process"
             try:
-                restored = manager.restore(step, args=args)
+                restored = _read(
+                    directory, step, {"state": _restore_args(template), "facts": ocp.args.JsonRestore()}
+                )
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                reason = storage_reason(error)
+                reason = _reason(error)
             if not self._agree(restored is None):
-                facts = restored["facts"]
-                self._best_saved = facts.get("best", {})
-                return restored["state"], facts
+                for other in damaged:
+                    self._last.manager.delete(other)
+                self._best_saved = restored["facts"].get("best", {})
+                return restored["state"], restored["facts"]
+            damaged.append(step)
             log.warning(
                 "checkpoint %d of %s is damaged (%s); %s",
                 step,
@@ -159,12 +174,12 @@ class Checkpointer:
                 reason,
                 "there is none before it" if before is None else f"going on from checkpoint {before}",
             )
-            manager.delete(step)
-        if steps:
-            raise UserError(
-                f"no checkpoint in {directory} can be read; delete the run directory to start again"
-            )
-        return None
+        if not steps:
+            return None
+        line = f"no checkpoint in {directory} can be read ({reason})"
+        if storage.is_remote(directory):
+            raise Failed(f"{line}; try the same command again")
+        raise UserError(f"{line}; delete the run directory to start again")
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Start to save `state` and the JSON `facts` as checkpoint `step`; an existing one of that step is kept.
@@ -212,6 +227,7 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
     Raises:
       FileNotFoundError: the run has no such checkpoint.
       UserError: it is damaged.
+      Failed: it is remote, and damaged or out of reach.
     """
     step = checkpoint_step(workdir, which)
     if step is None:
@@ -220,16 +236,31 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
     wanted = template if which == BEST else {"params": template}
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
-    options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    directory = _directory(workdir, which)
     try:
-        with ocp.CheckpointManager(_directory(workdir, which), options=options) as manager:
-            restored = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        restored = _read(directory, step, {item: args})[item]
     except Exception as error:  # as above
-        raise UserError(
-            f"checkpoint {step} of {_directory(workdir, which)} is damaged ({storage_reason(error)}); "
-            "choose the other of best and last, or run the training again"
-        ) from error
+        line = f"checkpoint {step} of {directory} is damaged ({_reason(error)})"
+        if storage.is_remote(directory):
+            raise Failed(f"{line}, or cannot be reached; try the same command again") from error
+        raise UserError(f"{line}; choose the other of best and last, or run the training again") from error
     return (restored if which == BEST else restored["params"]), step
+
+
+def _read(directory: str, step: int, items: dict[str, Any]) -> Any:
+    """Items of a checkpoint as host arrays. No process waits for another one: what one cannot read would be a hang."""
+    alone = jax.process_index()
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        enable_async_checkpointing=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=f"reader_{alone}"
+        )
+        if jax.process_count() > 1
+        else ocp.options.MultiprocessingOptions(),
+    )
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        return manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def checkpoint_step(workdir: str | os.PathLike[str], which: str = BEST) -> int | None:
@@ -247,12 +278,14 @@ def _directory(workdir: str | os.PathLike[str], which: str) -> str:
     return os.path.join(storage.absolute(workdir), BEST if which == BEST else LAST)
 
 
-def storage_reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Why something could not be read or written: what the operating system calls it, or the first line."""
     text = str(error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if os.strerror(number) in text:
             return f"the disk is full ({os.strerror(number)})"
+    if "DEADLINE_EXCEEDED" in text:
+        return f"another process did not write its part within {SAVE_SECONDS} s, as on a disk of its own that is full"
     return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 

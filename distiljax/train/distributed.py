@@ -38,6 +38,8 @@ LOST_AFTER = 60.0
 
 TOKEN = ".processes"
 _PREFIX = "distiljax"
+_PAUSE = 0.1  # seconds between two looks at what others do
+_PULSE = 1.0  # seconds between two heartbeats, at most
 _SLICE = 1.0  # seconds that a wait for another process goes on before it looks for signals
 _GRACE = 3.0  # seconds that a process has to end by itself once another one has
 
@@ -183,7 +185,8 @@ def first() -> bool:
 def from_first(work: Callable[[], T]) -> T:
     """What `work` returns in process 0, which alone does it; JSON. The others wait, however long it takes.
 
-    Every process must call it, in the same order.
+    Every process must call it, in the same order. If `work` raises anything but what is named here, process 0 ends, and
+    the others with it.
 
     Raises:
       UserError, Failed: what `work` raised.
@@ -232,7 +235,7 @@ def check_token(directory: Path, token: str, seconds: float = 30.0) -> None:
         return
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), storage.errors(directory):
             if (directory / TOKEN).read_text() == token:
                 break
         if time.monotonic() > deadline:
@@ -241,19 +244,26 @@ def check_token(directory: Path, token: str, seconds: float = 30.0) -> None:
                 "name; give one that all hosts share, such as gs://BUCKET/RUN or a network file system"
             )
         time.sleep(0.2)
-    barrier("token")
+    wait_for_all()
     if first():
-        (directory / TOKEN).unlink(missing_ok=True)
+        with storage.errors(directory):
+            (directory / TOKEN).unlink(missing_ok=True)
 
 
-def barrier(name: str, seconds: float = 600.0) -> None:
-    """Wait until every process is here.
+def wait_for_all() -> None:
+    """Wait until every process is here, however long that takes; the loss of one ends the wait, and this process.
 
     Raises:
-      RuntimeError: not within so many seconds.
+      Stopped: a signal came while this process waited.
     """
-    if jax.process_count() > 1:
-        _client().wait_at_barrier(f"{_PREFIX}/{name}/{next(_numbers)}", int(1000 * seconds))
+    if jax.process_count() == 1:
+        return
+    place = f"here/{next(_numbers)}"
+    _set(f"{place}/{jax.process_index()}", "")
+    with stop_signals("leaving") as received:
+        while len(_all(place)) < jax.process_count():
+            _heed(received)
+            time.sleep(_PAUSE)
 
 
 def end(status: int, line: str = "", *, together: bool = False) -> None:
@@ -267,19 +277,24 @@ def end(status: int, line: str = "", *, together: bool = False) -> None:
     session = _session
     if session is None:
         return
+    if together:
+        # The others may be at work still, and watch: this one goes on to show that it lives.
+        wait_for_all()
+        session.ended.set()
+        jax.distributed.shutdown()
+        return
     session.ended.set()
-    if together and status == 0:
-        with contextlib.suppress(Exception):
-            barrier("end", session.lost_after)
-            jax.distributed.shutdown()
-            return
+    _tell_end(session, status, line)
+    _leave(status)
+
+
+def _tell_end(session: _Session, status: int, line: str) -> None:
+    """Say why this process ends; process 0, which takes the key-value store with it, stays until the others know."""
     with contextlib.suppress(Exception):
         _set(f"ended/{session.index}", json.dumps({"status": status, "line": line}))
-        deadline = time.monotonic() + 2 * _GRACE
-        # Process 0 takes the key-value store with it, from which the others learn why.
-        while first() and len(_all("ended")) < session.count and time.monotonic() < deadline:
-            time.sleep(0.1)
-    _leave(status)
+        deadline = time.monotonic() + 2 * _GRACE + 2 * _PULSE
+        while session.index == 0 and len(_all("ended")) < session.count and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
 
 
 def said_by_first(line: str) -> bool:
@@ -307,6 +322,7 @@ def await_verdict() -> None:
     It does not return if that is what it was.
     """
     if _session is not None and not _session.ended.is_set():
+        print("distiljax: waiting to see whether another process was lost", file=sys.stderr)
         time.sleep(_session.lost_after + 2 * _GRACE)
 
 
@@ -315,7 +331,7 @@ def await_verdict() -> None:
 
 def _watch(session: _Session) -> None:
     """Says that this process lives, and ends it when another one does not."""
-    pause = min(5.0, session.lost_after / 6)
+    pause = min(_PULSE, session.lost_after / 6)
     now = time.monotonic()
     heard = dict.fromkeys(range(session.count), now)
     beats: dict[int, str] = {}
@@ -331,13 +347,14 @@ def _watch(session: _Session) -> None:
         except Exception as error:  # JAX has its own kinds for a store that cannot be reached
             log.debug("the key-value store cannot be reached: %s", error)
             if time.monotonic() - reached > session.lost_after:
-                _give_up(session, 0, f"has not been reached for {session.lost_after:g} s")
+                _give_up(session, 0, f"has not been reached for {session.lost_after:g} s", store_is_gone=True)
             continue
         for other, said in ended.items():
             # This one may be about to come to the same end.
             if int(other) != session.index and not session.ended.wait(_GRACE):
                 facts = json.loads(said)
-                _give_up(session, int(other), f"has ended: {facts['line']}", facts["status"])
+                line = facts["line"].removeprefix("distiljax: ")
+                _give_up(session, int(other), f"has ended: {line}", facts["status"])
         for index in heard:
             if seen.get(index) != beats.get(index):
                 heard[index] = reached
@@ -346,19 +363,18 @@ def _watch(session: _Session) -> None:
         beats = seen
 
 
-def _give_up(session: _Session, index: int, what: str, status: int = 1) -> None:
+def _give_up(
+    session: _Session, index: int, what: str, status: int = 1, *, store_is_gone: bool = False
+) -> None:
     if session.ended.is_set():
         return
-    name = session.names.get(index, f"process {index}")
+    lost = session.names.get(index, f"process {index}")
     # os.write: the main thread may hold whatever lock there is on sys.stderr.
-    line = f"distiljax: {name} {what}; {session.names.get(session.index)} ends with it"
+    line = f"distiljax: {lost} {what}; {session.names.get(session.index)} ends with it"
     advice = "" if status == 0 else "; start all processes again, and the same command goes on"
     os.write(2, f"{line}{advice}\n".encode())
-    if index != 0:  # else there is nobody to tell it to
-        with contextlib.suppress(Exception):
-            _set(f"ended/{session.index}", json.dumps({"status": status, "line": f"{name} {what}"}))
-            if session.index == 0:
-                time.sleep(_GRACE)  # for the others to read it
+    if not store_is_gone:
+        _tell_end(session, status, f"{lost} {what}")
     os._exit(status)
 
 
@@ -372,7 +388,7 @@ def _explain_aborts(session: _Session) -> Any:
         if _reachable(session.coordinator):
             libc.signal(signal.SIGABRT, None)  # something else; abort() goes on when this returns
             return
-        _give_up(session, 0, "is gone, which coordinates the run")
+        _give_up(session, 0, "is gone, which coordinates the run", store_is_gone=True)
 
     libc = ctypes.CDLL(None)
     wrapped = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
@@ -418,8 +434,12 @@ def _wait_for(key: str) -> str:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
-            if received:
-                raise Stopped(received[0], "stopped before the first step; the same command starts again")
+            _heed(received)
+
+
+def _heed(received: list[int]) -> None:
+    if received:
+        raise Stopped(received[0], "stopped before the first step; the same command starts again")
 
 
 def _line(error: BaseException) -> str:

@@ -127,6 +127,8 @@ def run_loop(
         )
 
         def validate() -> None:
+            # What counts is the best that is on the disk.
+            outcome.best = checkpointer.settle_best()
             metrics = evaluate(state.params)
             if not math.isfinite(metrics["loss"]):
                 raise Failed(f"the held-out loss is {metrics['loss']} at step {outcome.step}; {ADVICE}")
@@ -145,15 +147,15 @@ def run_loop(
             # The facts name the best parameters: these must be on the disk first, whatever happens now.
             outcome.best = checkpointer.settle_best()
             tokens = window.values()["tokens"] if window.steps else 0.0
-            facts = dataclasses.replace(
-                outcome, tokens=outcome.tokens + tokens, seconds=time.monotonic() - began
-            )
+            outcome.seconds = time.monotonic() - began
+            facts = dataclasses.replace(outcome, tokens=outcome.tokens + tokens)
             checkpointer.save(outcome.step, parallel.everywhere(state), dataclasses.asdict(facts))
 
         began = time.monotonic() - outcome.seconds
         left = outcome.step < schedule.total_steps
         source = stack.enter_context(Prefetch(batches(outcome.step) if left else (), parallel.shard))
-        if outcome.step == 0:
+        # The second is a run that could not save its best parameters at the end.
+        if outcome.step == 0 or not (left or outcome.best):
             validate()
         window = _Window(parallel)
         nonfinite = NonFinite(workdir, schedule.max_nonfinite, whole_batch, main)
@@ -168,10 +170,11 @@ def run_loop(
             outcome.skipped += nonfinite.look(window.done(outcome.step))
             stop = told_to_stop(bool(stopping))
             last = outcome.step == schedule.total_steps
+            recording = last or stop or _due(outcome.step, schedule.log_every)
             saving = last or stop or _due(outcome.step, schedule.checkpoint_every)
-            if saving or _due(outcome.step, schedule.log_every):
+            if recording or saving:
                 outcome.skipped += nonfinite.look(window.done(outcome.step, wait=True))
-            if last or _due(outcome.step, schedule.log_every):
+            if recording:
                 values = window.values()
                 outcome.tokens += values.pop("tokens")
                 outcome.seconds = time.monotonic() - began
@@ -185,10 +188,12 @@ def run_loop(
                     validate()
             if saving:
                 save()
-        if left and not (checkpointer.settle() and (outcome.best or stop)):
+        saved, outcome.best = checkpointer.settle(), checkpointer.settle_best()
+        if not saved or not (outcome.best or stop):
+            what = "best parameters" if saved else f"state of step {outcome.step}"
             raise Failed(
-                f"the state of step {outcome.step} could not be saved in {workdir}; make room there, and the same "
-                "command goes on from the newest checkpoint"
+                f"the {what} could not be saved in {workdir}; make room there, and the same command goes on from the "
+                "newest checkpoint"
             )
         if outcome.step < schedule.total_steps:
             return outcome

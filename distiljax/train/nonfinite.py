@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distiljax.errors import Failed
-from distiljax.train import storage
+from distiljax.train import distributed, storage
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +64,25 @@ class NonFinite:
                     _some(batch["rows"]),
                 )
             if self._in_a_row >= self._limit:
-                path = self._workdir / f"nonfinite_step_{step}.npz"
-                if self._main:
-                    _keep(path, step=np.asarray(step), **batch)
+                # The others wait: they would end process 0 while it writes.
+                kept = distributed.from_first(functools.partial(self._keep, step, batch))
                 raise Failed(
                     f"{what} at step {step}, as at {self._limit - 1} steps before it (max_nonfinite_steps); its batch "
-                    f"is in {path}; {ADVICE}"
+                    f"{kept}; {ADVICE}"
                 )
         return skipped
 
-
-def _keep(path: Path, **arrays: np.ndarray) -> None:
-    with storage.writing(path.parent) as directory:
-        temporary = directory / f".{path.name}"
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, directory / path.name)
+    def _keep(self, step: int, batch: dict[str, np.ndarray]) -> str:
+        name = f"nonfinite_step_{step}.npz"
+        try:
+            with storage.writing(self._workdir) as directory:
+                temporary = directory / f".{name}"
+                with open(temporary, "wb") as file:
+                    np.savez_compressed(file, step=np.asarray(step), **batch)  # type: ignore[arg-type]
+                os.replace(temporary, directory / name)
+        except Exception as error:  # what ends the run is worth more than this
+            return f"could not be kept ({error})"
+        return f"is in {self._workdir / name}"
 
 
 def _some(rows: np.ndarray) -> str:

@@ -51,9 +51,10 @@ class Parallel:
         # Ordered by process, so that each process holds one contiguous part of the global batch.
         ordered = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
         local = [d for d in ordered if d.process_index == jax.process_index()]
-        if model < 1 or len(local or ordered) % model:
+        held = len(local or ordered)
+        if model < 1 or held % model:
             raise UserError(
-                f"parallel.model is {model}; expected a number that divides the {len(local)} devices of a process"
+                f"parallel.model is {model}; expected a number that divides the {held} devices of a process"
             )
         if mode == "pmap" and model > 1:
             raise UserError(f"parallel.model is {model} with parallel.mode pmap; use jit")
@@ -70,6 +71,8 @@ class Parallel:
         if self.mode == "pmap":
             return jax.pmap(step, axis_name=AXIS, devices=self._ordered, donate_argnums=donated)
 
+        # Left to itself the compiler would spread some of the results over the `model` axis, too.
+        replicated = NamedSharding(self.mesh, P())
         if self.devices == 1 and self.model > 1:
             # XLA's partitioner does not take a manual axis of one device beside an automatic one.
             def whole(*args: Any) -> Any:
@@ -79,7 +82,7 @@ class Parallel:
                 out = mapped(*others, jax.tree.map(lambda x: x[None], rows))
                 return jax.tree.map(lambda x: x[0], out)
 
-            return jax.jit(whole, donate_argnums=donated)
+            return jax.jit(whole, donate_argnums=donated, out_shardings=replicated)
 
         def sharded(*args: Any) -> Any:
             in_specs = (P(),) * (len(args) - 1) + (P(AXIS),)
@@ -88,7 +91,7 @@ class Parallel:
                 step, mesh=self.mesh, in_specs=in_specs, out_specs=P(), axis_names={AXIS}, check_vma=False
             )(*args)
 
-        return jax.jit(sharded, donate_argnums=donated)
+        return jax.jit(sharded, donate_argnums=donated, out_shardings=replicated)
 
     def replicate(self, tree: Any) -> Any:
         """Put a copy of `tree` on every device."""

@@ -176,10 +176,26 @@ def test_bad_input_is_said_once_by_all_processes_together(tmp_path, teacher, fla
         *flags(batch_size=15),
         f"--workdir={tmp_path / 'run'}",
     ]
-    ends = finish_processes(start_processes(command, 2))
+    # With the default time: who is told of an end must not wait until the other one counts as lost.
+    ends = finish_processes(start_processes(command, 2, lost_after=60))
     assert [status for status, _ in ends] == [2, 2], ends
     assert "batch_size 15 does not divide by 2 devices" in ends[0][1]
     assert "batch_size 15" not in ends[1][1] and "Traceback" not in ends[0][1] + ends[1][1]
+
+
+def test_a_signal_while_text_is_prepared_ends_all(tmp_path, teacher, flags):
+    changes = flags(data__source="docstrings")
+    processes = start_processes(
+        ["distill", f"--config.teacher={teacher}", *changes, f"--workdir={tmp_path}"], 2, lost_after=60
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "data" / ".prepare" / "job.json").exists():
+        time.sleep(0.05)
+    processes[0].send_signal(signal.SIGTERM)
+    (first, said), (second, also_said) = finish_processes(processes)
+    assert (first, second) == (0, 0), (said, also_said)
+    assert "stopped while preparing text" in said
+    assert "process 0" in also_said and "stopped while preparing text" in also_said
 
 
 def test_a_run_directory_that_only_one_process_sees_is_refused(tmp_path, teacher, flags):
