@@ -128,13 +128,22 @@ def _define_processes(values: Flags) -> None:
     flags.DEFINE_float(
         "lost_after", 60.0, "seconds of silence after which a process counts as lost", flag_values=values
     )
+    flags.DEFINE_float(
+        "join_within", 300.0, "seconds that all processes have to find one another", flag_values=values
+    )
 
 
 def _join(values: Flags) -> None:
     """Find the other processes of the run, before any device is touched."""
     from distiljax.train import distributed
 
-    distributed.start(values.coordinator_address, values.num_processes, values.process_id, values.lost_after)
+    distributed.start(
+        values.coordinator_address,
+        values.num_processes,
+        values.process_id,
+        values.lost_after,
+        values.join_within,
+    )
     if distributed.joined() and not distributed.first():
         # One process speaks for all, unless something is wrong.
         logger = logging.getLogger("distiljax")

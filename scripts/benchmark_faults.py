@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 LOST_AFTER = 5.0
+JOIN_WITHIN = 30.0
 EVERY = 20  # steps between checkpoints
 
 
@@ -64,6 +65,7 @@ class Runs:
             f"--coordinator_address=127.0.0.1:{free_port()}",
             f"--num_processes={processes}",
             f"--lost_after={LOST_AFTER}",
+            f"--join_within={JOIN_WITHIN}",
         ]
         environment = {
             **os.environ,

@@ -57,6 +57,7 @@ def evaluate_models(
     dtype: str = "float32",
     rows: int = 0,
     speed: bool = True,
+    spread: int = 1,
 ) -> dict[str, Any]:
     """Evaluate masked language models on a prepared corpus; the first is the reference for what the others keep.
 
@@ -72,6 +73,7 @@ def evaluate_models(
       dtype: compute dtype.
       rows: how many rows; 0 = all.
       speed: whether to measure speed.
+      spread: devices that each hold a part of a model, as `config.parallel.model`; above 1 no speed is measured.
 
     Returns:
       `{"data": …, "machine": …, "models": [{"name", "path", "parameters", "bytes", "mlm_accuracy", "mlm_loss"
@@ -107,7 +109,7 @@ def evaluate_models(
     settings = {"rate": 0.15, "mask": 0.8, "random": 0.1, "smoothing": 0.0, **(masking or {})}
     smoothing = settings.pop("smoothing")
     counts = metadata.token_counts(corpus) if masking_counts is None else masking_counts
-    parallel = Parallel()
+    parallel = Parallel(model=spread)
     recipe = Recipe(ce=0.0, mlm=1.0, cos=0.0)
     results = []
     for candidate in candidates:
@@ -122,7 +124,7 @@ def evaluate_models(
             BATCH_ROWS,
         )
         frozen = parallel.replicate({"teacher": None, "masking_weights": weights})
-        terms = evaluator.terms(parallel.replicate(candidate.params), frozen, Path(corpus), rows)
+        terms = evaluator.terms(parallel.place_teacher(candidate.params), frozen, Path(corpus), rows)
         masked_tokens = int(terms["mlm"].count)
         accuracy, loss = (float(terms[name].sum / masked_tokens) for name in ("mlm_accuracy", "mlm"))
         parameters = count_parameters(candidate.params)
@@ -138,7 +140,7 @@ def evaluate_models(
             }
         )
         log.info("%s: masked-LM accuracy %.2f %%", candidate.name, 100 * accuracy)
-    if speed:
+    if speed and spread == 1:
         for result, figures in zip(results, encoder_speed(candidates, metadata.seq_len), strict=True):
             result |= figures
     seen = min(rows, metadata.num_rows) if rows else metadata.num_rows
@@ -232,6 +234,7 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
         candidates = [dataclasses.replace(candidates[0], name="model")]
     tokenizer = load_tokenizer(path)
     directory, corpora = prepare_corpus(config, path, tokenizer)
+    spread = config.parallel.get("model", 1)
     evaluation = evaluate_models(
         candidates,
         directory / "validation",
@@ -240,6 +243,8 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
         masking={**stored["masking"], "smoothing": stored["eval"]["smoothing"]},
         dtype=dtype,
         rows=rows,
+        # A teacher that was spread for its size is spread here, too, where there are the devices.
+        spread=spread if jax.local_device_count() % spread == 0 else 1,
     )
     evaluation["best_step"] = checkpoint_step(path)
     if distributed.first():

@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 LOST_AFTER = 60.0
 """Seconds of silence after which a process counts as lost."""
+JOIN_WITHIN = 300.0
+"""Seconds that the processes of a run have to find one another."""
 
 TOKEN = ".processes"
 _PREFIX = "distiljax"
@@ -65,6 +67,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     lost_after: float = LOST_AFTER,
+    join_within: float = JOIN_WITHIN,
 ) -> None:
     """Join the other processes of the run; to be called before any device is touched.
 
@@ -76,12 +79,13 @@ def start(
       num_processes: how many there are.
       process_id: this one's number, from 0.
       lost_after: seconds of silence after which a process counts as lost and the others end, with status 1.
+      join_within: seconds that all have to get here; after that this process ends, with status 1.
 
     Raises:
       UserError: arguments that do not fit together, or a cluster that JAX cannot make out.
       Failed: the others cannot be reached.
     """
-    _check(coordinator_address, num_processes, process_id, lost_after)
+    _check(coordinator_address, num_processes, process_id, lost_after, join_within)
     if num_processes == 1 or (coordinator_address is None and _alone()):
         return
     arguments: dict[str, Any] = {}
@@ -96,9 +100,16 @@ def start(
     # agrees on a step by itself (`train/loop.py`).
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
+    alarm = threading.Timer(join_within, _not_joined, (coordinator_address, join_within))
+    alarm.daemon = True
+    alarm.start()
     try:
         # JAX, too, ends processes when one is silent, with less to say; it gets the last word only.
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=int(max(100, 3 * lost_after)))
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=int(join_within) + 30,
+            heartbeat_timeout_seconds=int(max(100, 3 * lost_after)),
+        )
     except ValueError as error:
         if "should be defined" in str(error):
             return  # no cluster
@@ -108,6 +119,8 @@ def start(
             return  # a program that has been using JAX: it is alone, or has joined the others by itself
         where = f" at {coordinator_address}" if coordinator_address else ""
         raise Failed(f"the other processes{where} cannot be reached: {_line(error)}; {_ADVICE}") from error
+    finally:
+        alarm.cancel()
     if jax.process_count() > 1:
         _begin(lost_after)
 
@@ -117,11 +130,23 @@ _ADVICE = (
 )
 
 
+def _not_joined(address: str | None, seconds: float) -> None:
+    where = "" if address is None else f" (process 0 at {address})"
+    line = f"the other processes{where} have not all come within {seconds:g} s; see what became of them, and start all"
+    os.write(2, f"distiljax: failed: {line} again\n".encode())
+    os._exit(1)  # JAX would end it by abort()
+
+
 def _check(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, lost_after: float
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    lost_after: float,
+    join_within: float,
 ) -> None:
-    if not lost_after >= 1:
-        raise UserError(f"--lost_after={lost_after}; expected at least 1 second")
+    for name, seconds in {"lost_after": lost_after, "join_within": join_within}.items():
+        if not 1 <= seconds < 1e6:
+            raise UserError(f"--{name}={seconds}; expected at least 1 second")
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--num_processes={num_processes}; expected at least 1")
     if num_processes == 1:

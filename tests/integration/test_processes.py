@@ -1,6 +1,7 @@
 """Several processes as one run: the same result as one process, and what happens when one of them goes."""
 
 import json
+import re
 import signal
 import time
 
@@ -183,6 +184,17 @@ def test_bad_input_is_said_once_by_all_processes_together(tmp_path, teacher, fla
     assert "batch_size 15" not in ends[1][1] and "Traceback" not in ends[0][1] + ends[1][1]
 
 
+def test_a_run_with_a_spread_teacher_is_evaluated_with_it_spread(run, pair, tmp_path):
+    path = pair.with_name("spread")  # of the topologies above
+    assert path.is_dir()
+    ends = finish_processes(start_processes(["evaluate", f"--workdir={path}", "--rows=32"], 1, 2))
+    assert ends[0][0] == 0, ends
+    models = {m["name"]: m for m in json.loads((path / "evaluation.json").read_text())["models"]}
+    expected = json.loads((path / "result.json").read_text())["best"]
+    assert models["student"]["mlm_loss"] == pytest.approx(expected["loss_mlm"], rel=1e-5)
+    assert "tokens_per_second" not in models["teacher"]
+
+
 def test_a_signal_while_text_is_prepared_ends_all(tmp_path, teacher, flags):
     changes = flags(data__source="docstrings")
     processes = start_processes(
@@ -196,6 +208,16 @@ def test_a_signal_while_text_is_prepared_ends_all(tmp_path, teacher, flags):
     assert (first, second) == (0, 0), (said, also_said)
     assert "stopped while preparing text" in said
     assert "process 0" in also_said and "stopped while preparing text" in also_said
+
+
+def test_a_process_that_never_comes_is_waited_for_so_long_and_no_longer(tmp_path, teacher, flags):
+    processes = start_processes(
+        ["distill", f"--config.teacher={teacher}", *flags(), f"--workdir={tmp_path}", "--join_within=3"], 2
+    )
+    processes[1].kill()
+    status, errors = finish_processes(processes)[0]
+    assert status == 1
+    assert re.search(r"process 0 at 127\.0\.0\.1:\d+\) have not all come within 3 s", errors.splitlines()[-1])
 
 
 def test_a_run_directory_that_only_one_process_sees_is_refused(tmp_path, teacher, flags):
