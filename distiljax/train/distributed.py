@@ -114,7 +114,7 @@ def start(
         if "should be defined" in str(error):
             return  # no cluster
         raise UserError(f"the other processes were not found: {_line(error)}; {_ADVICE}") from error
-    except RuntimeError as error:
+    except Exception as error:  # what JAX asks a cluster for can fail in ways of the cluster's own
         if coordinator_address is None and "must be called before" in str(error):
             return  # a program that has been using JAX: it is alone, or has joined the others by itself
         where = f" at {coordinator_address}" if coordinator_address else ""
