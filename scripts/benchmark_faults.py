@@ -143,16 +143,17 @@ def largest_difference(a: dict[Any, Any], b: dict[Any, Any]) -> float:
 
 
 def signalled(
-    runs: Runs, name: str, number: signal.Signals, wanted: int, spread: float, processes: int
+    runs: Runs, names: list[str], number: signal.Signals, wanted: int, spread: float, processes: int
 ) -> list[dict[str, Any]]:
-    """So many signals, each at a random moment within `spread` seconds of a start of the run."""
+    """So many signals, each at a random moment within `spread` seconds of a start; after a run the next."""
     ends: list[dict[str, Any]] = []
     while len(ends) < wanted:
+        name = names[-1]
         before = runs.step(name)
         end = runs.interrupt(name, number, random.uniform(0, spread), processes)
         if end is None:
-            print(f"{name} was finished before the signal; it needs more --steps", file=sys.stderr)
-            raise SystemExit(1)
+            names.append(f"broken-{len(names)}")
+            continue
         end |= {"from": before, "to": runs.step(name)}
         ends.append(end)
         print(f"{number.name} {len(ends)}/{wanted}: {end}", file=sys.stderr, flush=True)
@@ -179,10 +180,11 @@ def main() -> int:
         unbroken = runs.params("unbroken")
         start = time_to_start(runs, count)
         spread = 1.6 * start
-        killed = signalled(runs, "broken", signal.SIGKILL, arguments.kills, spread, count)
-        told = signalled(runs, "broken", signal.SIGTERM, arguments.terms, spread, count)
-        runs.finish("broken", count)
-        broken = largest_difference(runs.params("broken"), unbroken)
+        names = ["broken-0"]
+        killed = signalled(runs, names, signal.SIGKILL, arguments.kills, spread, count)
+        told = signalled(runs, names, signal.SIGTERM, arguments.terms, spread, count)
+        runs.finish(names[-1], count)
+        broken = max(largest_difference(runs.params(name), unbroken) for name in names)
 
         for processes in (count, 1):
             runs.interrupt("elastic", signal.SIGTERM, 1.3 * start, processes)

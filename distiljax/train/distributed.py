@@ -313,12 +313,17 @@ def end(status: int, line: str = "", *, together: bool = False) -> None:
     _leave(status)
 
 
-def _tell_end(session: _Session, status: int, line: str) -> None:
-    """Say why this process ends; process 0, which takes the key-value store with it, stays until the others know."""
+def _tell_end(session: _Session, status: int, line: str, *, silent: int = 0) -> None:
+    """Say why this process ends; process 0, which takes the key-value store with it, stays until the others know.
+
+    Those that are known to be silent, so many, it does not wait for.
+    """
     with contextlib.suppress(Exception):
         _set(f"ended/{session.index}", json.dumps({"status": status, "line": line}))
         deadline = time.monotonic() + 2 * _GRACE + 2 * _PULSE
-        while session.index == 0 and len(_all("ended")) < session.count and time.monotonic() < deadline:
+        while (
+            session.index == 0 and len(_all("ended")) < session.count - silent and time.monotonic() < deadline
+        ):
             time.sleep(_PAUSE)
 
 
@@ -384,12 +389,18 @@ def _watch(session: _Session) -> None:
             if seen.get(index) != beats.get(index):
                 heard[index] = reached
             elif index != session.index and reached - heard[index] > session.lost_after:
-                _give_up(session, index, f"has not been heard of for {session.lost_after:g} s")
+                _give_up(session, index, f"has not been heard of for {session.lost_after:g} s", silent=True)
         beats = seen
 
 
 def _give_up(
-    session: _Session, index: int, what: str, status: int = 1, *, store_is_gone: bool = False
+    session: _Session,
+    index: int,
+    what: str,
+    status: int = 1,
+    *,
+    silent: bool = False,
+    store_is_gone: bool = False,
 ) -> None:
     if session.ended.is_set():
         return
@@ -399,7 +410,7 @@ def _give_up(
     advice = "" if status == 0 else "; start all processes again, and the same command goes on"
     os.write(2, f"{line}{advice}\n".encode())
     if not store_is_gone:
-        _tell_end(session, status, f"{lost} {what}")
+        _tell_end(session, status, f"{lost} {what}", silent=int(silent))
     os._exit(status)
 
 
