@@ -197,7 +197,7 @@ def main() -> int:
             f"{count} processes, {arguments.steps} steps, checkpoints every {EVERY}.\n\n"
             f"| | |\n|---|---|\n"
             f"| SIGKILLs to one process, 0 to {spread:.0f} s after a start | {len(killed)} |\n"
-            f"| of these while it trained (steps went on from a checkpoint) | {sum(e['to'] > 0 for e in killed)} |\n"
+            f"| of these after a new checkpoint since the start | {sum(e['to'] > e['from'] for e in killed)} |\n"
             f"| until the other process ended by itself, seconds, median and most | "
             f"{statistics.median(others or [0]):.1f}, {max(others or [0]):.1f} (lost after {LOST_AFTER:g} s) |\n"
             f"| SIGTERMs to one process | {len(told)}; all ended with 0 in {len(saved)} |\n"
