@@ -80,9 +80,9 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
 
 
 def _distill(config: ConfigDict, path: Path) -> Result:
-    dtype = _dtype("dtype", config.dtype)
+    dtype = named_dtype("dtype", config.dtype)
     teacher, teacher_params = from_pretrained(
-        config.teacher, dtype=_dtype("teacher_dtype", config.teacher_dtype or config.dtype)
+        config.teacher, dtype=named_dtype("teacher_dtype", config.teacher_dtype or config.dtype)
     )
     tokenizer = load_tokenizer(config.tokenizer or config.teacher)
     check_vocabulary(tokenizer, teacher.config, str(config.teacher))
@@ -92,7 +92,7 @@ def _distill(config: ConfigDict, path: Path) -> Result:
     if width != teacher_width and config.loss.cos:
         kernel = jax.random.normal(jax.random.key(config.seed), (width, teacher_width)) * width**-0.5
         params = {**params, PROJECTION: {"kernel": np.asarray(kernel)}}
-    recipe = _checked(Recipe, **config.loss)
+    recipe = checked(Recipe, **config.loss)
     return _run(config, path, "distill", tokenizer, Models(student, teacher), recipe, params, teacher_params)
 
 
@@ -123,12 +123,12 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
 
 
 def _pretrain(config: ConfigDict, path: Path) -> Result:
-    dtype = _dtype("dtype", config.dtype)
+    dtype = named_dtype("dtype", config.dtype)
     model, params = from_pretrained(config.model, dtype=dtype, init_head=True, seed=config.seed)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_vocabulary(tokenizer, model.config, str(config.model))
     drops = {"hidden_dropout": config.hidden_dropout, "attention_dropout": config.attention_dropout}
-    model = model.clone(config=_checked(model.config.replace, **drops))
+    model = model.clone(config=checked(model.config.replace, **drops))
     recipe = Recipe(ce=0.0, mlm=1.0, cos=0.0)
     return _run(config, path, "pretrain", tokenizer, Models(model), recipe, params, None)
 
@@ -174,7 +174,7 @@ def _run(
 ) -> Result:
     parallel = Parallel(config.parallel.mode, model=config.parallel.model)
     micro_batches = _micro_batches(config, parallel.devices)
-    masking = _checked(
+    masking = checked(
         Masking,
         mask_token_id=tokenizer.mask_token_id,
         vocab_size=vocabulary_size(tokenizer),
@@ -323,13 +323,23 @@ def _micro_batches(config: ConfigDict, devices: int) -> int:
     return share // micro
 
 
-def _dtype(key: str, name: str) -> Any:
+def named_dtype(key: str, name: str) -> Any:
+    """The compute dtype of a config key.
+
+    Raises:
+      UserError: another name than float32 and bfloat16.
+    """
     if name not in DTYPES:
         raise UserError(f"{key} is {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _checked(make: Callable[..., Any], **fields: Any) -> Any:
+def checked(make: Callable[..., Any], **fields: Any) -> Any:
+    """`make(**fields)`; what it refuses, it refuses as bad input.
+
+    Raises:
+      UserError: for its ValueError.
+    """
     try:
         return make(**fields)
     except UserError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from distiljax.data.metadata import METADATA_FILE, Metadata
 from distiljax.distill.config import check_ranges
 from distiljax.distill.masking import Masking
-from distiljax.distill.runs import DTYPES, run_student
+from distiljax.distill.runs import checked, named_dtype, run_student
 from distiljax.distill.step import PROJECTION, Models, Recipe, make_train_step
 from distiljax.errors import UserError
 from distiljax.hub import files
@@ -147,10 +146,10 @@ def load_program(config: ConfigDict, tokens: float = 0.0) -> Program:
       UserError: bad input.
     """
     check_ranges(config)
-    dtype = _dtype("dtype", config.dtype)
+    dtype = named_dtype("dtype", config.dtype)
     if config.get("teacher"):
         shape, known_from = encoder_config(config.teacher)
-        teacher = MaskedLM(shape, _dtype("teacher_dtype", config.teacher_dtype or config.dtype))
+        teacher = MaskedLM(shape, named_dtype("teacher_dtype", config.teacher_dtype or config.dtype))
         # Only the module is wanted: nothing is copied out of a teacher.
         options = ConfigDict(config.student)
         options.initialise = "random"
@@ -162,11 +161,11 @@ def load_program(config: ConfigDict, tokens: float = 0.0) -> Program:
                 **params,
                 PROJECTION: {"kernel": jax.ShapeDtypeStruct((width, teacher_width), jnp.float32)},
             }
-        models, recipe = Models(student, teacher), _checked(Recipe, **config.loss)
+        models, recipe = Models(student, teacher), checked(Recipe, **config.loss)
     elif config.get("model"):
         shape, known_from = encoder_config(config.model)
         drops = {"hidden_dropout": config.hidden_dropout, "attention_dropout": config.attention_dropout}
-        models = Models(MaskedLM(_checked(shape.replace, **drops), dtype))
+        models = Models(MaskedLM(checked(shape.replace, **drops), dtype))
         params, recipe = param_shapes(models.student), Recipe(ce=0.0, mlm=1.0, cos=0.0)
     else:
         raise UserError(
@@ -176,7 +175,7 @@ def load_program(config: ConfigDict, tokens: float = 0.0) -> Program:
     positions = models.student.config.max_positions
     if seq_len > positions:
         raise UserError(f"data.seq_len is {seq_len}; expected at most {positions}, the model's positions")
-    masking = _checked(
+    masking = checked(
         Masking,
         mask_token_id=0,  # which one it is does not change the work
         vocab_size=models.student.config.vocab_size,
@@ -261,16 +260,3 @@ def _length(config: ConfigDict, tokens: float) -> tuple[int, int | None, str]:
 
 
 PACKED = 0.998  # share of the positions of packed rows that hold a token
-
-
-def _dtype(key: str, name: str) -> Any:
-    if name not in DTYPES:
-        raise UserError(f"{key} is {name!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _checked(make: Callable[..., Any], **fields: Any) -> Any:
-    try:
-        return make(**fields)
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
