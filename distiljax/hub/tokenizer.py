@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,17 @@ def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
       directory: where to.
       max_length: the model's positions, above which transformers is to truncate.
     """
-    tokenizer.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Several processes may finish one corpus at once: each file appears whole, and is the same from all of them.
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=directory) as temporary:
+        made = Path(temporary)
+        tokenizer.save_pretrained(made)
+        _without_passing_settings(made, max_length)
+        for path in sorted(made.iterdir()):
+            os.replace(path, directory / path.name)
+
+
+def _without_passing_settings(directory: Path, max_length: int) -> None:
     path = directory / "tokenizer.json"
     backend = json.loads(path.read_text(encoding="utf-8"))
     _write_json(path, {**backend, "truncation": None, "padding": None})

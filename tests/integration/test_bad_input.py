@@ -15,12 +15,13 @@ from distiljax.train.run import hold
 def refused(capsys):
     """Runs a command that must be refused and gives its one line."""
 
-    def run(*arguments):
-        status = main([str(a) for a in arguments])
+    def run(*arguments, status=2):
+        ended = main([str(a) for a in arguments])
+        kind = {2: "error", 1: "failed"}[status]
         lines = [
-            line for line in capsys.readouterr().err.splitlines() if line.startswith("distiljax: error: ")
+            line for line in capsys.readouterr().err.splitlines() if line.startswith(f"distiljax: {kind}: ")
         ]
-        assert status == 2
+        assert ended == status
         assert len(lines) == 1
         return lines[0]
 
@@ -32,8 +33,8 @@ def teacher_copy(teacher, tmp_path):
     return shutil.copytree(teacher, tmp_path / "teacher")
 
 
-def distill(refused, teacher, flags, workdir):
-    return refused("distill", f"--config.teacher={teacher}", *flags, f"--workdir={workdir}")
+def distill(refused, teacher, flags, workdir, **options):
+    return refused("distill", f"--config.teacher={teacher}", *flags, f"--workdir={workdir}", **options)
 
 
 def test_missing_weights(refused, teacher_copy, flags, tmp_path):
@@ -157,7 +158,7 @@ def test_an_unknown_config_key(refused, tmp_path, flags):
         ({"loss.ce": "inf"}, ("loss.ce is inf",)),
         ({"data.holdout": "nan"}, ("data.holdout is nan",)),
         ({"data.source": 5}, ("data.source is 5",)),
-        ({"data_dir": "gs://bucket/rows"}, ("gs://bucket/rows", "local")),
+        ({"data_dir": "s3://bucket/rows"}, ("s3://bucket/rows", "gs://")),
         ({"student.layers": "'abc'"}, ("abc", "layer indices")),
         ({"student.layers": "(0,1.7)"}, ("1.7", "layer indices")),
         ({"student.layers": "()"}, ("()", "indices")),
@@ -209,7 +210,8 @@ def test_a_run_that_was_refused_leaves_no_claim_on_its_directory(refused, teache
 
 def test_a_loss_that_is_not_finite(refused, teacher, flags, tmp_path):
     options = flags(optimizer__peak_lr=1e30, optimizer__clip_norm=0.0)
-    message = distill(refused, teacher, options, tmp_path / "run")
+    # The input was good: it is the run that failed.
+    message = distill(refused, teacher, options, tmp_path / "run", status=1)
     assert "nan" in message and "peak_lr" in message
     assert not (tmp_path / "run" / "result.json").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
