@@ -33,9 +33,11 @@ def model_card(facts: Mapping[str, Any]) -> str:
     source = facts.get("base_model") or teacher or config.get("model")
     name = facts.get("name") or ("Distilled model" if teacher else "Masked language model")
     if not facts.get("name") and source:
-        name = f"{_last(source)}, distilled" if teacher else f"{_last(source)}, trained further"
+        name = f"{last_part(source)}, distilled" if teacher else f"{last_part(source)}, trained further"
     sections = [
-        _front_matter(facts, source, distilled=bool(teacher)),
+        front_matter(
+            facts, source, "fill-mask", ("distillation", "distiljax") if teacher else ("distiljax",)
+        ),
         f"# {name}",
         _summary(source, teacher, config, result),
         *_recipe(config, result),
@@ -67,14 +69,15 @@ one corpus do not carry over to other text. It fills in words; it does not check
 write text."""
 
 
-def _front_matter(facts: Mapping[str, Any], source: Any, *, distilled: bool) -> str:
+def front_matter(facts: Mapping[str, Any], source: Any, pipeline: str, tags: Sequence[str]) -> str:
+    """The YAML that the hub reads at the head of a card: `language` and `license` of `facts`, and what is given."""
     entries: dict[str, Any] = {
         "language": facts.get("language"),
         "license": facts.get("license"),
         "library_name": "transformers",
-        "pipeline_tag": "fill-mask",
+        "pipeline_tag": pipeline,
         "base_model": source if source and _is_hub_name(str(source)) else None,
-        "tags": ["distillation", "distiljax"] if distilled else ["distiljax"],
+        "tags": tags,
     }
     lines = ["---"]
     for key, value in entries.items():
@@ -86,7 +89,7 @@ def _front_matter(facts: Mapping[str, Any], source: Any, *, distilled: bool) -> 
 
 
 def _summary(source: Any, teacher: Any, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    origin = f"`{_last(source)}`" if source else ""
+    origin = f"`{last_part(source)}`" if source else ""
     if teacher:
         text = f"This model was distilled from {origin} by the DistilBERT recipe"
         text += " ([Sanh et al. 2019](https://arxiv.org/abs/1910.01108))"
@@ -110,7 +113,7 @@ def _recipe(config: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[st
     rows = [(name, value) for name, value in _settings(config, result) if value]
     if rows:
         yield "## Training"
-        yield _table(("", ""), rows)
+        yield table(("", ""), rows)
 
 
 def _settings(config: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -148,7 +151,7 @@ def _settings(config: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[
     yield "compute dtype", str(config.get("dtype") or "")
     yield "steps", f"{result['steps']:,}" if "steps" in result else ""
     yield "tokens seen", f"{result['tokens']:,}" if "tokens" in result else ""
-    yield "time", _duration(result["seconds"]) if "seconds" in result else ""
+    yield "time", training_time(result["seconds"]) if "seconds" in result else ""
     yield "machine", str(result.get("machine") or "")
 
 
@@ -180,7 +183,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> Iterator[str]:
     present = {key: column for key, column in columns.items() if any(key in model for model in models)}
     rows = [
         (
-            _last(model.get("name", "")),
+            last_part(model.get("name", "")),
             *(
                 form.format(model[key] * scale.get(key, 1)) if model.get(key) is not None else ""
                 for key, (_, form) in present.items()
@@ -188,7 +191,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> Iterator[str]:
         )
         for model in models
     ]
-    yield _table(("model", *(title for title, _ in present.values())), rows)
+    yield table(("model", *(title for title, _ in present.values())), rows)
     if len(models) > 1 and (kept := _kept(models[0], models[1])):
         yield kept
 
@@ -197,10 +200,12 @@ def _kept(reference: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if not reference.get("mlm_accuracy") or model.get("mlm_accuracy") is None:
         return ""
     share = 100 * model["mlm_accuracy"] / reference["mlm_accuracy"]
-    return f"The {_last(model['name'])} keeps {share:.1f} % of the {_last(reference['name'])}'s accuracy."
+    return f"The {last_part(model['name'])} keeps {share:.1f} % of the {last_part(reference['name'])}'s accuracy."
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table; with more than two columns those of figures are aligned to the right."""
+
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -210,10 +215,10 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def _sources(source: Any) -> str:
     names = [source] if isinstance(source, str) else list(source)
-    return ", ".join(f"`{name if name.startswith('hf:') else _last(name)}`" for name in names)
+    return ", ".join(f"`{name if name.startswith('hf:') else last_part(name)}`" for name in names)
 
 
-def _last(name: Any) -> str:
+def last_part(name: Any) -> str:
     """A hub name as it is, a path's last part."""
     text = str(name)
     return text if _is_hub_name(text) else os.path.basename(text.rstrip("/")) or text
@@ -223,7 +228,8 @@ def _is_hub_name(text: str) -> bool:
     return bool(_HUB_NAME.fullmatch(text)) and not os.path.exists(text)
 
 
-def _duration(seconds: float) -> str:
+def training_time(seconds: float) -> str:
+    """Seconds, minutes, or hours and minutes."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

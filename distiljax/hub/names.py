@@ -20,32 +20,29 @@ from distiljax.errors import UserError
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Table:
     """The names of one architecture.
 
     Attributes:
       prefix: stands before encoder names in a model with a head; may be missing in files.
       encoder: (name, path, transpose) rows; transformers keeps linear kernels as [out, in], we as [in, out].
-      head: the same for the masked-LM head, without prefix.
+      heads: the same for each kind of head, without prefix; paths are relative to the parameters' `head`.
       tied: (name, path) of weights that files may hold a second time; equal to the parameter at the path.
       ignored: patterns of names that are expected and not read.
     """
 
     prefix: str
     encoder: tuple[tuple[str, str, bool], ...]
-    head: tuple[tuple[str, str, bool], ...]
+    heads: Mapping[str, tuple[tuple[str, str, bool], ...]]
     tied: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
 
-    def rows(self, *, head: bool) -> tuple[tuple[str, str, bool], ...]:
-        """The encoder's rows under their prefix, then the head's, with paths as `MaskedLM` has them."""
+    def rows(self, head: str | None) -> tuple[tuple[str, str, bool], ...]:
+        """The encoder's rows under their prefix, then those of a kind of head, with paths as models have them."""
         encoder = tuple((self.prefix + name, f"encoder/{path}", turn) for name, path, turn in self.encoder)
-        return (
-            encoder + tuple((name, f"head/{path}", turn) for name, path, turn in self.head)
-            if head
-            else encoder
-        )
+        rows = self.heads[head] if head else ()
+        return encoder + tuple((name, f"head/{path}", turn) for name, path, turn in rows)
 
 
 def _linear(name: str, path: str) -> tuple[tuple[str, str, bool], ...]:
@@ -73,11 +70,16 @@ BERT = Table(
         *_norm("encoder.layer.{n}.output.LayerNorm", "layer_{n}/ffn_norm"),
         *_linear("pooler.dense", "pooler"),
     ),
-    head=(
-        *_linear("cls.predictions.transform.dense", "transform"),
-        *_norm("cls.predictions.transform.LayerNorm", "norm"),
-        ("cls.predictions.bias", "bias", False),
-    ),
+    heads={
+        "masked_lm": (
+            *_linear("cls.predictions.transform.dense", "transform"),
+            *_norm("cls.predictions.transform.LayerNorm", "norm"),
+            ("cls.predictions.bias", "bias", False),
+        ),
+        "sequence_classification": _linear("classifier", "classifier"),
+        "token_classification": _linear("classifier", "classifier"),
+        "question_answering": _linear("qa_outputs", "classifier"),
+    },
     tied=(
         ("cls.predictions.decoder.weight", "encoder/embeddings/word/embedding"),
         ("cls.predictions.decoder.bias", "head/bias"),
@@ -103,11 +105,19 @@ DISTILBERT = Table(
         *_linear("transformer.layer.{n}.ffn.lin2", "layer_{n}/ffn/down"),
         *_norm("transformer.layer.{n}.output_layer_norm", "layer_{n}/ffn_norm"),
     ),
-    head=(
-        *_linear("vocab_transform", "transform"),
-        *_norm("vocab_layer_norm", "norm"),
-        ("vocab_projector.bias", "bias", False),
-    ),
+    heads={
+        "masked_lm": (
+            *_linear("vocab_transform", "transform"),
+            *_norm("vocab_layer_norm", "norm"),
+            ("vocab_projector.bias", "bias", False),
+        ),
+        "sequence_classification": (
+            *_linear("pre_classifier", "transform"),
+            *_linear("classifier", "classifier"),
+        ),
+        "token_classification": _linear("classifier", "classifier"),
+        "question_answering": _linear("qa_outputs", "classifier"),
+    },
     tied=(("vocab_projector.weight", "encoder/embeddings/word/embedding"),),
     ignored=(r"(distilbert\.)?embeddings\.position_ids",),
 )
@@ -118,35 +128,44 @@ TABLES = {"bert": BERT, "distilbert": DISTILBERT}
 OLD_SPELLINGS = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
 
 
-def path_of(table: Table, name: str) -> tuple[str, bool] | None:
-    """The `MaskedLM` path of a Hugging Face name and whether its array is transposed; None if unknown."""
-    for pattern, path, transpose in _readers(table):
+def path_of(table: Table, name: str, head: str | None = "masked_lm") -> tuple[str, bool] | None:
+    """The path of a Hugging Face name in a model with that head, whether to transpose its array; None if unknown."""
+    for pattern, path, transpose in _readers(table, head):
         if match := pattern.fullmatch(name):
             return path.format(**match.groupdict()), transpose
     return None
 
 
-def name_of(table: Table, path: str) -> tuple[str, bool]:
-    """The Hugging Face name, with prefix, of a `MaskedLM` path and whether its array is transposed.
+def name_of(table: Table, path: str, head: str | None = "masked_lm") -> tuple[str, bool]:
+    """The Hugging Face name, with prefix, of a path in a model with that head, and whether its array is transposed.
 
     Raises:
       KeyError: no such row.
     """
-    for pattern, name, transpose in _writers(table):
+    for pattern, name, transpose in _writers(table, head):
         if match := pattern.fullmatch(path):
             return name.format(**match.groupdict()), transpose
     raise KeyError(path)
 
 
-def has_head(table: Table, names: Mapping[str, Any]) -> bool:
-    """Whether any weight of a masked-LM head is among `names`."""
-    head = {path for _, path, _ in table.rows(head=True) if path.startswith("head/")}
-    return any((found := path_of(table, _modern(name))) is not None and found[0] in head for name in names)
+def stored_heads(table: Table, names: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of head of which any weight is among `names`.
+
+    A classifier may be one of sequences or of tokens: only the config.json beside it says which.
+    """
+    modern = {_modern(name) for name in names}
+    # Half a masked-LM head is a damaged one; a classifier alone is none of DistilBERT's for sequences.
+    enough = {"masked_lm": any}
+    return tuple(
+        kind
+        for kind, rows in table.heads.items()
+        if enough.get(kind, all)(name in modern for name, _, _ in rows)
+    )
 
 
 def has_pooler(table: Table, names: Mapping[str, Any]) -> bool:
     """Whether the weights of a pooler are among `names`."""
-    return any(path_of(table, _modern(name)) == ("encoder/pooler/kernel", True) for name in names)
+    return any(path_of(table, _modern(name), None) == ("encoder/pooler/kernel", True) for name in names)
 
 
 def to_params(
@@ -155,7 +174,7 @@ def to_params(
     shapes: Params,
     where: str,
     *,
-    head: bool,
+    head: str | None,
     tied: bool = True,
 ) -> Params:
     """Float32 parameters out of Hugging Face weights.
@@ -163,9 +182,9 @@ def to_params(
     Args:
       table: of the weights' architecture.
       weights: name → array, float of any width.
-      shapes: what `MaskedLM` needs (or `{"encoder": …}` of it): nested dicts of things with a shape.
+      shapes: what the model needs (or `{"encoder": …}` of it): nested dicts of things with a shape.
       where: the file or directory, for messages.
-      head: whether the masked-LM head is read; if not, its weights are expected and ignored.
+      head: the kind of head that is read, or None; weights of other heads are expected and ignored.
       tied: False if the config says that the decoder is not tied: then its weight has to be there, and equal.
 
     Raises:
@@ -179,19 +198,21 @@ def to_params(
     for original, array in weights.items():
         name = _modern(original)
         if name in tied_paths:
-            if head:
+            if head == "masked_lm":
                 copies[name] = _checked(array, wanted[tied_paths[name]], original, where)
             continue
         if any(re.fullmatch(pattern, name) for pattern in table.ignored):
             continue
-        row = path_of(table, name)
+        row = path_of(table, name, head)
         if row is None:
+            if any(path_of(table, name, other) for other in table.heads):
+                continue
             raise UserError(
                 f"{where} holds an unknown weight {original!r}; expected those of {_kind(table, head)}"
             )
         path, transpose = row
         if path not in wanted:
-            if path.startswith("encoder/pooler/") or (path.startswith("head/") and not head):
+            if path.startswith("encoder/pooler/"):
                 continue
             raise UserError(f"{where} holds the weight {original!r}, which its config.json has no place for")
         if path in found:
@@ -208,26 +229,26 @@ def to_params(
     for path in wanted:
         if path not in found:
             raise UserError(
-                f"{where} lacks the weight {name_of(table, path)[0]!r}; its config.json asks for it"
+                f"{where} lacks the weight {name_of(table, path, head)[0]!r}; its config.json asks for it"
             )
-    if head:
+    if head == "masked_lm":
         _check_tied(table, copies, found, where, tied)
     return traverse_util.unflatten_dict({tuple(path.split("/")): found[path] for path in wanted})
 
 
-def from_params(table: Table, params: Params, *, prefix: bool) -> dict[str, np.ndarray]:
-    """Hugging Face weights out of `MaskedLM` parameters (or `{"encoder": …}` of them), in the table's order.
+def from_params(table: Table, params: Params, *, head: str | None) -> dict[str, np.ndarray]:
+    """Hugging Face weights out of a model's parameters, in the table's order.
 
     Args:
       table: of the architecture to write.
-      params: nested dicts of arrays; written as float32.
-      prefix: whether encoder names carry the architecture's prefix, as in a model with a head.
+      params: nested dicts of arrays under `encoder` and (with a head) `head`; written as float32.
+      head: the kind of head; with None encoder names do not carry the architecture's prefix.
     """
     weights = {}
     for path, array in traverse_util.flatten_dict(params, sep="/").items():
-        name, transpose = name_of(table, path)
+        name, transpose = name_of(table, path, head)
         array = np.asarray(array, np.float32)
-        weights[name if prefix else name.removeprefix(table.prefix)] = np.ascontiguousarray(
+        weights[name if head else name.removeprefix(table.prefix)] = np.ascontiguousarray(
             array.T if transpose else array
         )
     return weights
@@ -266,14 +287,14 @@ def _modern(name: str) -> str:
     return name
 
 
-def _kind(table: Table, head: bool) -> str:
+def _kind(table: Table, head: str | None) -> str:
     architecture = {"bert.": "BERT", "distilbert.": "DistilBERT"}[table.prefix]
-    return f"a {architecture} masked language model" if head else f"a {architecture} encoder"
+    return f"a {architecture} encoder" + (f" with a head for {head.replace('_', ' ')}" if head else "")
 
 
 @functools.cache
-def _readers(table: Table) -> tuple[tuple[re.Pattern[str], str, bool], ...]:
-    return tuple(_reader(table, *row) for row in table.rows(head=True))
+def _readers(table: Table, head: str | None) -> tuple[tuple[re.Pattern[str], str, bool], ...]:
+    return tuple(_reader(table, *row) for row in table.rows(head))
 
 
 def _reader(table: Table, name: str, path: str, transpose: bool) -> tuple[re.Pattern[str], str, bool]:
@@ -287,8 +308,8 @@ def _reader(table: Table, name: str, path: str, transpose: bool) -> tuple[re.Pat
 
 
 @functools.cache
-def _writers(table: Table) -> tuple[tuple[re.Pattern[str], str, bool], ...]:
-    return tuple((re.compile(_pattern(path)), name, turn) for name, path, turn in table.rows(head=True))
+def _writers(table: Table, head: str | None) -> tuple[tuple[re.Pattern[str], str, bool], ...]:
+    return tuple((re.compile(_pattern(path)), name, turn) for name, path, turn in table.rows(head))
 
 
 def _pattern(template: str) -> str:

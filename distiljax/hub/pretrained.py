@@ -17,18 +17,24 @@ from safetensors import SafetensorError
 
 from distiljax.errors import UserError
 from distiljax.hub import files, names
+from distiljax.hub.heads import (
+    MASKED_LM,
+    architecture,
+    fits,
+    fresh_head,
+    fresh_pooler,
+    fresh_task_head,
+    head_from_hf,
+    head_to_hf,
+    missing,
+    stored_head,
+)
 from distiljax.hub.tokenizer import check_vocabulary, save_tokenizer
-from distiljax.nn import Encoder, EncoderConfig, MaskedLM
-from distiljax.nn.heads import MaskedLMHead
+from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
+from distiljax.nn.heads import KINDS
 
 Params = dict[str, Any]
-
-_ARCHITECTURES = {
-    ("bert", True): "BertForMaskedLM",
-    ("bert", False): "BertModel",
-    ("distilbert", True): "DistilBertForMaskedLM",
-    ("distilbert", False): "DistilBertModel",
-}
+Model = MaskedLM | TaskModel | Encoder
 
 # What only a run directory has; an export must never replace one.
 _RUN_FILES = ("model.json", "checkpoints", "best")
@@ -36,19 +42,20 @@ _RUN_FILES = ("model.json", "checkpoints", "best")
 
 def from_pretrained(
     name_or_dir: str | os.PathLike[str],
-    head: str | None = "masked_lm",
+    head: str | HeadConfig | None = MASKED_LM,
     dtype: Any = jnp.float32,
     *,
     init_head: bool = False,
     seed: int = 0,
-) -> tuple[MaskedLM | Encoder, Params]:
+) -> tuple[Model, Params]:
     """Load a BERT or DistilBERT model of Hugging Face's layout.
 
     Args:
       name_or_dir: a directory, or a hub name.
-      head: "masked_lm", or None for the bare encoder (with its pooler, where the file holds one).
+      head: "masked_lm"; a kind of `HeadConfig`, or one itself, for a `TaskModel`; "any" for the head that the model
+        has; None for the bare encoder (with its pooler, where the file holds one).
       dtype: compute dtype of the module.
-      init_head: draw a fresh head where the file holds none; see `fresh_head`.
+      init_head: draw a fresh head where the file holds none that fits, with "masked_lm" or a `HeadConfig`.
       seed: of that head.
 
     Returns:
@@ -59,39 +66,133 @@ def from_pretrained(
       UserError: nothing there, a damaged file, another architecture, no head, or weights that do not fit the
         config.
     """
-    if head not in ("masked_lm", None):
-        raise UserError(f"head is {head!r}; expected masked_lm or None")
+    check_head(head)
     where = os.fspath(name_or_dir)
     directory = files.resolve(name_or_dir)
     hf_config = files.read_config(directory)
     config = _encoder_config(hf_config, where)
-    table = names.TABLES[hf_config["model_type"]]
     weights = files.read_weights(directory)
-    stored_head = names.has_head(table, weights)
-    if head and not stored_head and not init_head:
-        raise UserError(
-            f"{where} has no masked-LM head; train one with: "
-            f"distiljax pretrain --config=… --config.model={where}"
-        )
-    if head is None:
-        config = config.replace(pooler=names.has_pooler(table, weights))
-    shapes = _shapes(MaskedLM(config))
-    if not (head and stored_head):
-        del shapes["head"]
+    stored = stored_head(hf_config, weights)
+    if head == "any":
+        if stored is None:
+            raise UserError(f"{where} has no head; train one with distiljax finetune, or distiljax pretrain")
+        head = stored
+    module, kept = _module(config, head, dtype, hf_config, stored, weights, where)
+    if not kept and not init_head and head is not None:
+        raise missing(where, head if isinstance(head, str) else head.kind, stored)
+    table = names.TABLES[hf_config["model_type"]]
+    shapes = _shapes(module)
+    if isinstance(module, Encoder):
+        shapes = {"encoder": shapes}
+    elif not kept:
+        shapes = {"encoder": dict(shapes["encoder"])}
+    fresh = {}
+    if isinstance(module, TaskModel) and module.config.pooler and not names.has_pooler(table, weights):
+        if not init_head:
+            raise UserError(f"{where} lacks a pooler, which a BERT that classifies sequences needs")
+        del shapes["encoder"]["pooler"]
+        fresh["pooler"] = fresh_pooler(module.config, seed)
     tied = hf_config.get("tie_word_embeddings") is not False
-    params = names.to_params(table, weights, shapes, where, head=bool(head and stored_head), tied=tied)
+    kind = stored if kept else None
+    params = names.to_params(table, weights, shapes, where, head=kind, tied=tied)
     for path, array in traverse_util.flatten_dict(params, sep="/").items():
         if not np.isfinite(array).all():
             raise UserError(f"{where}: the weight {path!r} holds NaN or infinity; use a checkpoint of before")
+    params["encoder"] |= fresh
+    return _headed(module, params, seed)
+
+
+def with_head(
+    module: Model,
+    params: Params,
+    head: str | HeadConfig | None,
+    where: str,
+    *,
+    init_head: bool = False,
+    seed: int = 0,
+) -> tuple[Model, Params]:
+    """A loaded model with the head that is wanted: its own, a fresh one, or none; as `from_pretrained`.
+
+    Raises:
+      UserError: it has not the head that is wanted, and there is to be no fresh one.
+    """
+    kind = head_kind(module)
     if head is None:
-        return Encoder(config, dtype), params["encoder"]
-    if not stored_head:
-        params["head"] = fresh_head(config, seed)
-    return MaskedLM(config, dtype), params
+        return Encoder(module.config, module.dtype), params["encoder"]
+    if head in ("any", kind) or (
+        isinstance(module, TaskModel) and isinstance(head, HeadConfig) and fits(module.head, head)
+    ):
+        return module, params
+    wanted = head.kind if isinstance(head, HeadConfig) else head
+    if not init_head or head in KINDS:  # the name of a kind does not say what labels a fresh one has
+        raise missing(where, wanted, kind)
+    config, encoder = module.config, dict(params["encoder"])
+    if not isinstance(head, HeadConfig):
+        return _headed(MaskedLM(config, module.dtype), {"encoder": encoder}, seed)
+    config = head.encoder_config(config)
+    if config.pooler and "pooler" not in encoder:
+        encoder["pooler"] = fresh_pooler(config, seed)
+    elif not config.pooler:
+        encoder.pop("pooler", None)
+    return _headed(TaskModel(config, head, module.dtype), {"encoder": encoder}, seed)
+
+
+def _headed(module: Model, params: Params, seed: int) -> tuple[Model, Params]:
+    """The module, and what it needs of `encoder` and `head`: the encoder's parameters alone, or with a fresh head."""
+    if isinstance(module, Encoder):
+        return module, params["encoder"]
+    if "head" not in params:
+        fresh = (
+            fresh_head(module.config, seed)
+            if isinstance(module, MaskedLM)
+            else fresh_task_head(module.config, module.head, seed)
+        )
+        params = {**params, "head": fresh}
+    return module, params
+
+
+def check_head(head: Any) -> None:
+    """Refuse what is no `head` of `from_pretrained`.
+
+    Raises:
+      UserError: its value.
+    """
+    allowed = (MASKED_LM, "any", *KINDS)
+    if not (head is None or isinstance(head, HeadConfig) or head in allowed):
+        raise UserError(f"head is {head!r}; expected one of {', '.join(allowed)}, a HeadConfig or None")
+
+
+def _module(
+    config: EncoderConfig,
+    head: str | HeadConfig | None,
+    dtype: Any,
+    hf_config: dict[str, Any],
+    stored: str | None,
+    weights: dict[str, np.ndarray],
+    where: str,
+) -> tuple[Model, bool]:
+    """The module with the wanted head, and whether the stored one is it."""
+    if head is None:
+        pooler = names.has_pooler(names.TABLES[hf_config["model_type"]], weights)
+        return Encoder(config.replace(pooler=pooler), dtype), False
+    if head == MASKED_LM:
+        return MaskedLM(config, dtype), stored == MASKED_LM
+    kind = head.kind if isinstance(head, HeadConfig) else head
+    own = None
+    if kind == stored:
+        try:
+            own = head_from_hf(hf_config, kind, weights)
+        except ValueError as error:
+            raise UserError(f"{where}: {files.CONFIG}: {error}") from error
+    kept = own is not None and (isinstance(head, str) or fits(own, head))
+    wanted = head if isinstance(head, HeadConfig) else own
+    if wanted is None:
+        raise missing(where, kind, stored)
+    return TaskModel(wanted.encoder_config(config), wanted, dtype), kept
 
 
 def save_pretrained(
-    module: MaskedLM | Encoder,
+    module: Model,
     params: Params,
     directory: str | os.PathLike[str],
     tokenizer: Any = None,
@@ -119,15 +220,16 @@ def save_pretrained(
       UserError: a directory that is not empty, parameters that are not the module's, a tokenizer that does
         not fit, or no permission to write.
     """
-    masked_lm = isinstance(module, MaskedLM)
+    head = head_kind(module)
     _check_params(module, params)
-    tree, config = _exportable(module.config, params if masked_lm else {"encoder": params}, masked_lm)
+    tree, config = _exportable(module.config, params if head else {"encoder": params}, head)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, "the model")
     table = names.TABLES[config.model_type]
     hf_config = {
-        "architectures": [_ARCHITECTURES[config.model_type, masked_lm]],
+        "architectures": [architecture(config, head)],
         **config.to_hf(),
+        **(head_to_hf(module.head, config) if isinstance(module, TaskModel) else {}),
         "torch_dtype": "float32",
     }
 
@@ -136,7 +238,7 @@ def save_pretrained(
 
         # "pt" is the layout, kernels [out, in]; transformers refuses files that do not say so.
         save_file(
-            names.from_params(table, tree, prefix=masked_lm),
+            names.from_params(table, tree, head=head),
             path / files.SAFETENSORS,
             metadata={"format": "pt"},
         )
@@ -150,10 +252,11 @@ def save_pretrained(
     _write_directory(Path(directory), write, overwrite)
 
 
-def fresh_head(config: EncoderConfig, seed: int = 0) -> Params:
-    """A masked-LM head before training: kernel drawn from normal(initializer_range), scale 1, biases 0."""
-    hidden, table = np.zeros((1, config.hidden_size)), np.zeros((config.vocab_size, config.hidden_size))
-    return jax.device_get(jax.jit(MaskedLMHead(config).init)(jax.random.key(seed), hidden, table)["params"])
+def head_kind(module: Model) -> str | None:
+    """The kind of a model's head, as `from_pretrained` names it."""
+    if isinstance(module, TaskModel):
+        return module.head.kind
+    return MASKED_LM if isinstance(module, MaskedLM) else None
 
 
 def _encoder_config(hf_config: dict[str, Any], where: str) -> EncoderConfig:
@@ -163,11 +266,11 @@ def _encoder_config(hf_config: dict[str, Any], where: str) -> EncoderConfig:
         raise UserError(f"{where}: {files.CONFIG}: {error}") from error
 
 
-def _shapes(module: MaskedLM | Encoder) -> Params:
+def _shapes(module: Model) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
 
 
-def _check_params(module: MaskedLM | Encoder, params: Params) -> None:
+def _check_params(module: Model, params: Params) -> None:
     wanted = traverse_util.flatten_dict(_shapes(module), sep="/")
     given = traverse_util.flatten_dict(params, sep="/")
     for path in sorted(wanted.keys() ^ given.keys()):
@@ -181,10 +284,10 @@ def _check_params(module: MaskedLM | Encoder, params: Params) -> None:
             )
 
 
-def _exportable(config: EncoderConfig, tree: Params, masked_lm: bool) -> tuple[Params, EncoderConfig]:
+def _exportable(config: EncoderConfig, tree: Params, head: str | None) -> tuple[Params, EncoderConfig]:
     """The parameters and shape as Hugging Face's architecture has them."""
     encoder = dict(tree["encoder"])
-    if masked_lm and encoder.pop("pooler", None) is not None:
+    if head == MASKED_LM and encoder.pop("pooler", None) is not None:
         config = config.replace(pooler=False)
     if config.model_type == "bert" and not config.type_vocab_size:
         zeros = {"embedding": np.zeros((1, config.hidden_size), np.float32)}

@@ -2,6 +2,14 @@
 
 from distiljax.nn.config import EncoderConfig
 from distiljax.nn.encoder import Encoder, EncoderOutput
-from distiljax.nn.heads import MaskedLM, MaskedLMOutput
+from distiljax.nn.heads import HeadConfig, MaskedLM, MaskedLMOutput, TaskModel
 
-__all__ = ["Encoder", "EncoderConfig", "EncoderOutput", "MaskedLM", "MaskedLMOutput"]
+__all__ = [
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
+    "HeadConfig",
+    "MaskedLM",
+    "MaskedLMOutput",
+    "TaskModel",
+]

@@ -15,7 +15,7 @@ from distiljax import hub
 from distiljax.errors import UserError
 from distiljax.hub.files import CONFIG as HF_CONFIG
 from distiljax.hub.files import TOKENIZER_FILES
-from distiljax.nn import Encoder, EncoderConfig, MaskedLM
+from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
 from distiljax.train import storage
 from distiljax.train.checkpoint import restore_params
 from distiljax.train.run import CONFIG, MODEL, TOKENIZER, read_json
@@ -50,23 +50,42 @@ def from_pretrained(
     checkpoint: str = ...,
     **options: Any,
 ) -> tuple[Encoder, Params]: ...
+@overload
 def from_pretrained(
     name_or_dir: str | os.PathLike[str],
-    head: str | None = "masked_lm",
+    head: HeadConfig,
+    dtype: Any = ...,
+    *,
+    checkpoint: str = ...,
+    **options: Any,
+) -> tuple[TaskModel, Params]: ...
+@overload
+def from_pretrained(
+    name_or_dir: str | os.PathLike[str],
+    head: str,
+    dtype: Any = ...,
+    *,
+    checkpoint: str = ...,
+    **options: Any,
+) -> tuple[hub.Model, Params]: ...
+def from_pretrained(
+    name_or_dir: str | os.PathLike[str],
+    head: str | HeadConfig | None = "masked_lm",
     dtype: Any = jnp.float32,
     *,
     checkpoint: str = "best",
     **options: Any,
-) -> tuple[MaskedLM | Encoder, Params]:
+) -> tuple[hub.Model, Params]:
     """Load a model.
 
     Args:
-      name_or_dir: a run directory of `pretrain` or `distill`, a Hugging Face directory, or a hub name; directories
-        may be remote (gs://…).
-      head: "masked_lm", or None for the bare encoder.
+      name_or_dir: a run directory of `pretrain`, `distill` or `finetune`, a Hugging Face directory, or a hub name;
+        directories may be remote (gs://…).
+      head: "masked_lm"; a kind of `HeadConfig`, or one itself, for a `TaskModel`; "any" for the head that the model
+        has; None for the bare encoder.
       dtype: compute dtype of the module; parameters are float32.
       checkpoint: of a run directory: "best" (lowest held-out loss) or "last".
-      **options: for Hugging Face weights, see `distiljax.hub.from_pretrained`.
+      **options: `init_head` and `seed`, see `distiljax.hub.from_pretrained`.
 
     Returns:
       The module and its parameters: `module.apply({"params": params}, input_ids, attention_mask=…)`.
@@ -77,16 +96,9 @@ def from_pretrained(
     if not is_run(name_or_dir):
         with _resolved(name_or_dir, _MODEL_FILES) as where:
             return hub.from_pretrained(where, head=head, dtype=dtype, **options)
-    if head not in ("masked_lm", None):
-        raise UserError(f"head is {head!r}; expected masked_lm or None")
+    hub.check_head(head)
     path = storage.as_path(name_or_dir)
-    facts = read_json(path / MODEL) or {}
-    try:
-        module = MaskedLM(EncoderConfig(**facts["encoder"]), dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path / MODEL} is damaged ({error}); start the run's command again to restore it"
-        ) from error
+    module = _module_of_run(path, dtype)
     shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     try:
         params, _ = restore_params(path, shapes, checkpoint)
@@ -95,9 +107,20 @@ def from_pretrained(
             f"{path} has no {checkpoint} checkpoint yet; let the run reach its first validation, or give its "
             f"teacher or a finished run (config in {path / CONFIG})"
         ) from None
-    if head is None:
-        return Encoder(module.config, dtype), params["encoder"]
-    return module, params
+    return hub.with_head(module, params, head, str(path), **options)
+
+
+def _module_of_run(path: Any, dtype: Any) -> hub.Model:
+    facts = read_json(path / MODEL) or {}
+    try:
+        config, head = EncoderConfig(**facts["encoder"]), facts["head"]
+        if head == "masked_lm":
+            return MaskedLM(config, dtype)
+        return TaskModel(config, HeadConfig(**{**head, "labels": tuple(head["labels"])}), dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path / MODEL} is damaged ({error}); start the run's command again to restore it"
+        ) from error
 
 
 def load_tokenizer(name_or_dir: str | os.PathLike[str]) -> Any:
