@@ -27,37 +27,33 @@ def _numbers(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, float]
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
+        elif isinstance(value, (int, float)):
             yield prefix + key, value
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Refuse numbers that no run can use, before anything is loaded or prepared.
+    """Refuse numbers that no run can use, before anything is loaded or prepared; of the keys that the config has.
 
     Raises:
       UserError: the key, its value and what was expected.
     """
+    values = dict(_numbers(config))
 
-    def value(key: str) -> float:
-        node = config
-        for part in key.split("."):
-            node = node[part]
-        return node
-
-    for key, number in _numbers(config):
-        if not math.isfinite(number):
+    for key, number in values.items():
+        if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{key} is {number}; expected a finite number")
     # `not (…)` and not the opposite comparison, so that NaN is refused too.
     for least, keys in _AT_LEAST.items():
         for key in keys:
-            if not least <= value(key) < 2**31:
-                raise UserError(f"{key} is {value(key)}; expected at least {least} and below 2**31")
+            if key in values and not least <= values[key] < 2**31:
+                raise UserError(f"{key} is {values[key]}; expected at least {least} and below 2**31")
     for key in _SHARES:
-        if not 0 <= value(key) <= 1 or (value(key) == 1 and key != "optimizer.warmup_fraction"):
-            raise UserError(f"{key} is {value(key)}; expected a share of one")
+        value = values.get(key, 0)
+        if not 0 <= value <= 1 or (value == 1 and key != "optimizer.warmup_fraction"):
+            raise UserError(f"{key} is {value}; expected a share of one")
     for key in _POSITIVE:
-        if not 0 < value(key) < float("inf"):
-            raise UserError(f"{key} is {value(key)}; expected a number above 0")
+        if not 0 < values.get(key, 1) < float("inf"):
+            raise UserError(f"{key} is {values[key]}; expected a number above 0")
     if not config.steps and not 0 < config.epochs < float("inf"):
         raise UserError(f"steps is {config.steps} and epochs {config.epochs}; expected one of them above 0")
 

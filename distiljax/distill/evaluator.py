@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from distiljax.data import eval_batches
-from distiljax.distill.masking import Masking
-from distiljax.distill.step import Models, Params, Recipe, make_eval_step, term_means
+from distiljax.distill.step import Distillation, Params, make_eval_step, term_means
 from distiljax.train.parallel import Parallel
 
 # Seed of the masks, the same in every run and evaluation so that figures compare.
@@ -27,10 +26,10 @@ class Evaluator:
     rows (0 = all) gives the means by name; `terms` gives the sums and counts behind them.
     """
 
-    def __init__(self, models: Models, recipe: Recipe, masking: Masking, parallel: Parallel, batch_size: int):
-        self._recipe, self._parallel = recipe, parallel
+    def __init__(self, objective: Distillation, parallel: Parallel, batch_size: int):
+        self._objective, self._parallel = objective, parallel
         self._batch_size = math.ceil(batch_size / parallel.devices) * parallel.devices
-        self._step = parallel.wrap(make_eval_step(models, recipe, masking, seed=EVAL_SEED))
+        self._step = parallel.wrap(make_eval_step(objective, seed=EVAL_SEED))
 
     def terms(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, Any]:
         """The summed terms (sum, count) over the rows, as numpy float64."""
@@ -43,7 +42,7 @@ class Evaluator:
 
     def __call__(self, params: Params, frozen: Params, corpus: Path, rows: int = 0) -> dict[str, float]:
         terms = self.terms(params, frozen, corpus, rows)
-        return {name: float(value) for name, value in term_means(self._recipe, terms).items()}
+        return {name: float(value) for name, value in term_means(self._objective, terms).items()}
 
     def _batches(self, corpus: Path, rows: int) -> Iterator[dict[str, np.ndarray]]:
         size = self._batch_size

@@ -21,7 +21,8 @@ class Term:
     count: Array
 
 
-def _over_positions(values: Array, weights: Array) -> Term:
+def over_positions(values: Array, weights: Array) -> Term:
+    """A quantity of each position summed by the positions' weights, which are also its count."""
     # `where`, not a product: a non-finite value at a position of weight 0 must not reach the sum.
     return Term(jnp.where(weights > 0, values * weights, 0.0).sum(), weights.sum())
 
@@ -40,7 +41,7 @@ def soft_target_loss(
     log_student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     log_teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     kl = (jnp.exp(log_teacher) * (log_teacher - log_student)).sum(-1)
-    return _over_positions(temperature**2 * kl, weights)
+    return over_positions(temperature**2 * kl, weights)
 
 
 def masked_lm_loss(logits: Array, labels: Array, weights: Array) -> Term:
@@ -53,7 +54,7 @@ def masked_lm_loss(logits: Array, labels: Array, weights: Array) -> Term:
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
-    return _over_positions(-picked, weights)
+    return over_positions(-picked, weights)
 
 
 def cosine_loss(student_hidden: Array, teacher_hidden: Array, weights: Array) -> Term:
@@ -67,7 +68,7 @@ def cosine_loss(student_hidden: Array, teacher_hidden: Array, weights: Array) ->
     teacher = jax.lax.stop_gradient(teacher_hidden).astype(jnp.float32)
     # The same guard against vectors of zeros as torch.nn.functional.cosine_embedding_loss.
     norm = jnp.sqrt((jnp.square(student).sum(-1) + 1e-12) * (jnp.square(teacher).sum(-1) + 1e-12))
-    return _over_positions(1.0 - (student * teacher).sum(-1) / norm, weights)
+    return over_positions(1.0 - (student * teacher).sum(-1) / norm, weights)
 
 
 def logit_mse_loss(student_logits: Array, teacher_logits: Array, weights: Array) -> Term:
@@ -80,9 +81,9 @@ def logit_mse_loss(student_logits: Array, teacher_logits: Array, weights: Array)
     difference = student_logits.astype(jnp.float32) - jax.lax.stop_gradient(teacher_logits).astype(
         jnp.float32
     )
-    return _over_positions(jnp.square(difference).sum(-1), weights)
+    return over_positions(jnp.square(difference).sum(-1), weights)
 
 
 def agreement(logits: Array, targets: Array, weights: Array) -> Term:
     """How often the most likely token of `logits` [..., V] is `targets` [...]; a metric, not a loss."""
-    return _over_positions((jnp.argmax(logits, -1) == targets).astype(jnp.float32), weights)
+    return over_positions((jnp.argmax(logits, -1) == targets).astype(jnp.float32), weights)

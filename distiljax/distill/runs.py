@@ -21,16 +21,11 @@ from distiljax.data.watch import prepare_watched
 from distiljax.distill.config import check_ranges
 from distiljax.distill.evaluator import Evaluator, full_counts
 from distiljax.distill.masking import Masking, masking_weights
-from distiljax.distill.step import (
-    PROJECTION,
-    Models,
-    Recipe,
-    make_train_step,
-)
+from distiljax.distill.step import PROJECTION, Distillation, Models, Objective, Recipe, make_train_step
 from distiljax.distill.student import Params, student_of
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
-from distiljax.nn import MaskedLM
+from distiljax.nn import EncoderConfig, MaskedLM
 from distiljax.train import distributed, storage
 from distiljax.train.format import human_count
 from distiljax.train.load import from_pretrained, load_tokenizer
@@ -76,7 +71,7 @@ def distill(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     """
     check_ranges(config)
     with open_together(workdir, config, "distill") as path:
-        return _finished(path) or _distill(config, path)
+        return finished(path) or _distill(config, path)
 
 
 def _distill(config: ConfigDict, path: Path) -> Result:
@@ -119,7 +114,7 @@ def pretrain(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     """
     check_ranges(config)
     with open_together(workdir, config, "pretrain") as path:
-        return _finished(path) or _pretrain(config, path)
+        return finished(path) or _pretrain(config, path)
 
 
 def _pretrain(config: ConfigDict, path: Path) -> Result:
@@ -152,7 +147,12 @@ def open_together(workdir: str | os.PathLike[str], config: ConfigDict, kind: str
         yield path
 
 
-def _finished(path: Path) -> Result | None:
+def finished(path: Path) -> Result | None:
+    """The result of a run directory whose run is finished, for all processes of the run.
+
+    Raises:
+      UserError: it is damaged.
+    """
     facts = distributed.from_first(lambda: read_json(path / RESULT))
     if facts is None:
         return None
@@ -173,7 +173,7 @@ def _run(
     teacher_params: Params | None,
 ) -> Result:
     parallel = Parallel(config.parallel.mode, model=config.parallel.model)
-    micro_batches = _micro_batches(config, parallel.devices)
+    micro_batches = count_micro_batches(config, parallel.devices)
     masking = checked(
         Masking,
         mask_token_id=tokenizer.mask_token_id,
@@ -210,9 +210,6 @@ def _run(
     loader = batches(0)  # refuses a corpus of less than one batch
     _check_length(metadata.seq_len, models)
     total_steps = config.steps or loader.steps(config.epochs)
-    fixed = {POSITION_TABLE} if models.student.config.position_kind == "sinusoidal" else set()
-    optimizer, learning_rate = make_optimizer(config.optimizer, total_steps, fixed)
-
     counts = full_counts(metadata.token_counts(train_rows), models.student.config.vocab_size)
     weights, eval_weights = (
         masking_weights(counts, tokenizer.all_special_ids, smoothing)
@@ -224,20 +221,68 @@ def _run(
     frozen = {"teacher": placed_teacher, "masking_weights": parallel.replicate(weights)}
     eval_frozen = {"teacher": placed_teacher, "masking_weights": parallel.replicate(eval_weights)}
 
+    objective = Distillation(models, recipe, masking)
+    evaluator = Evaluator(objective, parallel, config.eval.batch_size or config.batch_size // micro_batches)
+    log_start(config, kind, models, params, parallel)
+    log_steps(config, total_steps, micro_batches, loader.steps_per_epoch, loader.num_rows)
+    outcome = fit(
+        config,
+        path,
+        description="distilling" if kind == "distill" else "training",
+        objective=objective,
+        encoder=models.student.config,
+        params=params,
+        frozen=frozen,
+        parallel=parallel,
+        total_steps=total_steps,
+        batches=batches,
+        whole_batch=loader.whole_batch,
+        evaluate=lambda params: evaluator(params, eval_frozen, held_out, config.eval.rows),
+    )
+    facts = run_facts(kind, outcome, params, teacher_params)
+    if outcome.finished and distributed.first():
+        write_json(path / RESULT, facts)
+    return Result(path, outcome.finished, facts)
+
+
+def fit(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    description: str,
+    objective: Objective,
+    encoder: EncoderConfig,
+    params: Params,
+    frozen: Params,
+    parallel: Parallel,
+    total_steps: int,
+    **data: Any,
+) -> Outcome:
+    """Train parameters towards an objective by the settings that all training commands share.
+
+    Args:
+      config: `optimizer`, `batch_size`, `micro_batch_size`, `seed`, `log_every`, `eval.every`, `checkpoint` and
+        `max_nonfinite_steps` are read.
+      workdir: the run directory.
+      description: for the progress bar.
+      objective: what a step minimises.
+      encoder: the shape of what is trained.
+      params: before the first step, on the host.
+      frozen: what the objective needs besides, on the devices.
+      parallel: the devices.
+      total_steps: optimiser steps.
+      **data: `batches`, `whole_batch`, `evaluate` and perhaps `rank` of `run_loop`.
+    """
+    fixed = {POSITION_TABLE} if encoder.position_kind == "sinusoidal" else set()
+    optimizer, learning_rate = make_optimizer(config.optimizer, total_steps, fixed)
+    micro_batches = count_micro_batches(config, parallel.devices)
     step = parallel.wrap(
-        make_train_step(
-            models, recipe, masking, optimizer, learning_rate, seed=config.seed, micro_batches=micro_batches
-        ),
+        make_train_step(objective, optimizer, learning_rate, seed=config.seed, micro_batches=micro_batches),
         donate=True,
     )
-    evaluator = Evaluator(
-        models, recipe, masking, parallel, config.eval.batch_size or config.batch_size // micro_batches
-    )
-
-    _log_start(config, kind, models, params, loader, parallel, total_steps, micro_batches)
-    outcome = run_loop(
-        description="distilling" if kind == "distill" else "training",
-        workdir=path,
+    return run_loop(
+        description=description,
+        workdir=workdir,
         schedule=Schedule(
             total_steps,
             config.log_every,
@@ -249,14 +294,8 @@ def _run(
         parallel=parallel,
         state=jax.device_get(TrainState.create(params, optimizer)),
         step=lambda state, rows: step(state, frozen, rows),
-        batches=batches,
-        whole_batch=loader.whole_batch,
-        evaluate=lambda params: evaluator(params, eval_frozen, held_out, config.eval.rows),
+        **data,
     )
-    facts = _facts(kind, outcome, models, params, teacher_params)
-    if outcome.finished and distributed.first():
-        write_json(path / RESULT, facts)
-    return Result(path, outcome.finished, facts)
 
 
 def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, dict[str, Metadata]]:
@@ -307,8 +346,12 @@ def unigram_bias(counts: np.ndarray) -> np.ndarray:
     return np.log(smoothed / smoothed.sum()).astype(np.float32)
 
 
-def _micro_batches(config: ConfigDict, devices: int) -> int:
-    """Micro-batches of one step on each device, from the three numbers that must divide."""
+def count_micro_batches(config: ConfigDict, devices: int) -> int:
+    """Micro-batches of one step on each device, from the three numbers that must divide.
+
+    Raises:
+      UserError: they do not.
+    """
     if config.batch_size % devices:
         raise UserError(
             f"batch_size {config.batch_size} does not divide by {devices} devices; choose a multiple of {devices}"
@@ -334,14 +377,14 @@ def named_dtype(key: str, name: str) -> Any:
     return DTYPES[name]
 
 
-def checked(make: Callable[..., Any], **fields: Any) -> Any:
-    """`make(**fields)`; what it refuses, it refuses as bad input.
+def checked(make: Callable[..., Any], *values: Any, **fields: Any) -> Any:
+    """`make(*values, **fields)`; what it refuses, it refuses as bad input.
 
     Raises:
       UserError: for its ValueError.
     """
     try:
-        return make(**fields)
+        return make(*values, **fields)
     except UserError:
         raise
     except ValueError as error:
@@ -353,9 +396,8 @@ def count_parameters(params: Params) -> int:
     return sum(int(np.prod(x.shape)) for name in ("encoder", "head") for x in jax.tree.leaves(params[name]))
 
 
-def _facts(
-    kind: str, outcome: Outcome, models: Models, params: Params, teacher_params: Params | None
-) -> dict[str, Any]:
+def run_facts(kind: str, outcome: Outcome, params: Params, teacher_params: Params | None) -> dict[str, Any]:
+    """What result.json says of a run."""
     facts = {
         "kind": kind,
         "steps": outcome.step,
@@ -374,16 +416,8 @@ def _facts(
     return facts
 
 
-def _log_start(
-    config: ConfigDict,
-    kind: str,
-    models: Models,
-    params: Params,
-    loader: RowLoader,
-    parallel: Parallel,
-    total_steps: int,
-    micro_batches: int,
-) -> None:
+def log_start(config: ConfigDict, kind: str, models: Any, params: Params, parallel: Parallel) -> None:
+    """Say what is trained, and on what."""
     spread = f", each teacher over {parallel.model}" if parallel.model > 1 else ""
     log.info("%s on %s, %s over %d devices%s", kind, machine(), parallel.mode, parallel.devices, spread)
     if models.teacher is not None:
@@ -395,11 +429,17 @@ def _log_start(
         f"{count_parameters(params):,}",
         config.dtype,
     )
+
+
+def log_steps(
+    config: ConfigDict, total_steps: int, micro_batches: int, steps_per_epoch: int, rows: int
+) -> None:
+    """Say how long the run is."""
     log.info(
         "%s steps of %s rows (%d micro-batches), %.2f epochs of %s rows",
         f"{total_steps:,}",
         f"{config.batch_size:,}",
         micro_batches,
-        total_steps / loader.steps_per_epoch,
-        f"{loader.num_rows:,}",
+        total_steps / steps_per_epoch,
+        f"{rows:,}",
     )

@@ -1,13 +1,14 @@
 """The train step, from token rows to updated parameters (Sanh et al. 2019, section 3).
 
-`pretrain` runs the same step without a teacher: then L_mlm is the only term.
+`pretrain` runs the same step without a teacher: then L_mlm is the only term. What a step minimises is an `Objective`:
+here `Distillation`; fine-tuning brings its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,28 @@ Array = jax.Array
 Params = Any
 
 PROJECTION = "cosine_projection"
+
+# Terms that are metrics; the others are losses.
+_METRICS = ("mlm_accuracy", "teacher_agreement", "accuracy")
+
+
+class Objective(Protocol):
+    """What a step minimises: terms over the rows of a batch, each a sum that is divided by its own count."""
+
+    def weighted(self) -> Mapping[str, float]:
+        """The terms of the loss, with their weights."""
+
+    def rows(self, keys: Array, frozen: Params, batch: dict[str, Array]) -> Any:
+        """What the models read of a batch, with one PRNG key a row [B]: a pytree of arrays [B, …]."""
+
+    def tokens(self, rows: Any) -> Array:
+        """How many tokens that are not padding."""
+
+    def counts(self, rows: Any) -> dict[str, Array]:
+        """How much each term of the loss runs over; known before any forward pass."""
+
+    def terms(self, params: Params, frozen: Params, rows: Any, dropout_keys: Array | None) -> dict[str, Term]:
+        """Every loss term and metric over some of the rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +102,37 @@ class Models:
 
     student: MaskedLM
     teacher: MaskedLM | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The objective of `distill` and, without a teacher, of `pretrain`.
+
+    `frozen` holds the teacher's parameters under `teacher` and the masking weights [V] under `masking_weights`.
+    """
+
+    models: Models
+    recipe: Recipe
+    masking: Masking
+
+    def weighted(self) -> Mapping[str, float]:
+        return self.recipe.weighted()
+
+    def rows(self, keys: Array, frozen: Params, batch: dict[str, Array]) -> MaskedRows:
+        return mask_tokens(keys, batch, frozen["masking_weights"], self.masking)
+
+    def tokens(self, rows: MaskedRows) -> Array:
+        return rows.token_weights.sum()
+
+    def counts(self, rows: MaskedRows) -> dict[str, Array]:
+        tokens, masked = rows.token_weights.sum(), rows.masked_weights.sum()
+        logits = masked if self.recipe.ce_positions == "masked" else tokens
+        return {"ce": logits, "mse": logits, "mlm": masked, "cos": tokens}
+
+    def terms(
+        self, params: Params, frozen: Params, rows: MaskedRows, dropout_keys: Array | None
+    ) -> dict[str, Term]:
+        return distillation_terms(self.models, self.recipe, params, frozen["teacher"], rows, dropout_keys)
 
 
 def distillation_terms(
@@ -144,13 +198,6 @@ def distillation_terms(
     return terms
 
 
-def term_counts(recipe: Recipe, rows: MaskedRows) -> dict[str, Array]:
-    """How many positions each loss term runs over; known before any forward pass."""
-    tokens, masked = rows.token_weights.sum(), rows.masked_weights.sum()
-    logits = masked if recipe.ce_positions == "masked" else tokens
-    return {"ce": logits, "mse": logits, "mlm": masked, "cos": tokens}
-
-
 def example_keys(seed: int, step: Array, first: Array, count: int) -> Array:
     """One PRNG key a row, a function of (seed, step, the row's index in the global batch) and nothing else."""
     step_key = jax.random.fold_in(jax.random.key(seed), step)
@@ -164,9 +211,7 @@ def split_keys(keys: Array) -> tuple[Array, Array]:
 
 
 def make_train_step(
-    models: Models,
-    recipe: Recipe,
-    masking: Masking,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -175,29 +220,29 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The step of one optimiser update, for `Parallel.wrap`.
 
-    `step(state, frozen, batch) -> (state, metrics)`: `frozen` holds the teacher's parameters under `teacher` and
-    the masking weights [V] under `masking_weights`; `batch` holds this device's rows, int32 [b, S], where b
-    divides by `micro_batches`; metrics are float32 scalars over the global batch.
+    `step(state, frozen, batch) -> (state, metrics)`: `frozen` is what the objective needs and no step changes; `batch`
+    holds this device's rows, arrays [b, …], where b divides by `micro_batches`; metrics are float32 scalars over the
+    global batch.
     """
-    weights = recipe.weighted()
+    weights = objective.weighted()
 
     def step(
         state: TrainState, frozen: Params, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
         b = batch["input_ids"].shape[0]
         keys = example_keys(seed, state.step, lax.axis_index(AXIS) * b, b)
-        masking_keys, dropout_keys = split_keys(keys)
-        rows = mask_tokens(masking_keys, batch, frozen["masking_weights"], masking)
+        row_keys, dropout_keys = split_keys(keys)
+        rows = objective.rows(row_keys, frozen, batch)
 
         # Each term is divided by its count over the global batch, so micro-batches simply add up.
-        counts = lax.psum(term_counts(recipe, rows), AXIS)
+        counts = lax.psum(objective.counts(rows), AXIS)
         counts = jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
 
-        def loss_fn(params: Params, rows: MaskedRows, dropout_keys: Array) -> tuple[Array, dict[str, Term]]:
-            terms = distillation_terms(models, recipe, params, frozen["teacher"], rows, dropout_keys)
+        def loss_fn(params: Params, rows: Any, dropout_keys: Array) -> tuple[Array, dict[str, Term]]:
+            terms = objective.terms(params, frozen, rows, dropout_keys)
             return sum(weight * terms[name].sum / counts[name] for name, weight in weights.items()), terms
 
-        def accumulate(gradients: Params, micro: tuple[MaskedRows, Array]) -> tuple[Params, dict[str, Term]]:
+        def accumulate(gradients: Params, micro: tuple[Any, Array]) -> tuple[Params, dict[str, Term]]:
             gradient, terms = jax.grad(loss_fn, has_aux=True)(state.params, *micro)
             return jax.tree.map(jnp.add, gradients, gradient), terms
 
@@ -205,9 +250,9 @@ def make_train_step(
         gradients, terms = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), micro)
         terms = jax.tree.map(lambda x: x.sum(0), terms)
 
-        gradients, terms, tokens = lax.psum((gradients, terms, rows.token_weights.sum()), AXIS)
+        gradients, terms, tokens = lax.psum((gradients, terms, objective.tokens(rows)), AXIS)
 
-        metrics = term_means(recipe, terms) | {
+        metrics = term_means(objective, terms) | {
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
             "tokens": tokens,
@@ -229,30 +274,29 @@ def make_train_step(
 
 
 def make_eval_step(
-    models: Models, recipe: Recipe, masking: Masking, *, seed: int
+    objective: Objective, *, seed: int
 ) -> Callable[[Params, Params, Array, dict[str, Array]], dict[str, Term]]:
     """The terms of one batch of held-out rows without dropout and on fixed masks, for `Parallel.wrap`.
 
-    `step(params, frozen, first, batch) -> terms`: the masks are a function of (seed, the row's index in the
-    corpus), where `first` is the index of the global batch's first row; the terms are over the global batch.
+    `step(params, frozen, first, batch) -> terms`: what is drawn of a row is a function of (seed, the row's index in
+    the corpus), where `first` is the index of the global batch's first row; the terms are over the global batch.
     """
 
     def step(params: Params, frozen: Params, first: Array, batch: dict[str, Array]) -> dict[str, Term]:
         b = batch["input_ids"].shape[0]
         keys = example_keys(seed, jnp.zeros((), jnp.int32), first + lax.axis_index(AXIS) * b, b)
-        masking_keys, _ = split_keys(keys)
-        rows = mask_tokens(masking_keys, batch, frozen["masking_weights"], masking)
-        return lax.psum(distillation_terms(models, recipe, params, frozen["teacher"], rows, None), AXIS)
+        row_keys, _ = split_keys(keys)
+        rows = objective.rows(row_keys, frozen, batch)
+        return lax.psum(objective.terms(params, frozen, rows, None), AXIS)
 
     return step
 
 
-def term_means(recipe: Recipe, terms: dict[str, Term]) -> dict[str, Array]:
+def term_means(objective: Objective | Recipe, terms: dict[str, Term]) -> dict[str, Array]:
     """The named means of summed terms: `loss`, `loss_ce`, `loss_mlm`, …, `mlm_accuracy`, `teacher_agreement`."""
     means = {name: term.sum / jnp.maximum(term.count, 1.0) for name, term in terms.items()}
-    metrics = {
-        "loss": jnp.sum(jnp.stack([weight * means[name] for name, weight in recipe.weighted().items()]))
-    }
+    weighted = objective.weighted()
+    metrics = {"loss": jnp.sum(jnp.stack([weight * means[name] for name, weight in weighted.items()]))}
     for name, mean in means.items():
-        metrics[name if name in ("mlm_accuracy", "teacher_agreement") else f"loss_{name}"] = mean
+        metrics[name if name in _METRICS else f"loss_{name}"] = mean
     return metrics

@@ -19,7 +19,7 @@ from distiljax.data.metadata import METADATA_FILE, Metadata
 from distiljax.distill.config import check_ranges
 from distiljax.distill.masking import Masking
 from distiljax.distill.runs import checked, named_dtype, run_student
-from distiljax.distill.step import PROJECTION, Models, Recipe, make_train_step
+from distiljax.distill.step import PROJECTION, Distillation, Models, Recipe, make_train_step
 from distiljax.errors import UserError
 from distiljax.hub import files
 from distiljax.nn import EncoderConfig, MaskedLM
@@ -109,9 +109,7 @@ class Program:
         """The step for `devices`, with its shardings and with its state donated, ready to be compiled."""
         parallel = Parallel("jit", devices, self.model_axis)
         step = make_train_step(
-            self.models,
-            self.recipe,
-            self.masking,
+            Distillation(self.models, self.recipe, self.masking),
             self.optimizer,
             self.schedule,
             seed=0,

@@ -83,6 +83,7 @@ def run_loop(
     batches: Callable[[int], Iterable[dict[str, np.ndarray]]],
     whole_batch: Callable[[int], dict[str, np.ndarray]],
     evaluate: Callable[[Any], dict[str, float]],
+    rank: Callable[[dict[str, Any]], float] = lambda metrics: metrics["loss"],
 ) -> Outcome:
     """Train to the end of the schedule, or go on from the newest checkpoint of `workdir`.
 
@@ -98,7 +99,8 @@ def run_loop(
         `skipped` is 1 if the loss or the gradient was not finite and the state stayed as it was.
       batches: this process's batches from the given step on, endless; read and put on the devices in a thread.
       whole_batch: all processes' rows of the batch of a step, and their numbers under `rows`, to report a bad one.
-      evaluate: metrics of (replicated) parameters on held-out rows; `loss` decides which are best.
+      evaluate: metrics of (replicated) parameters on held-out rows, `loss` among them.
+      rank: of such metrics, a number that is lowest for the best parameters.
 
     Raises:
       Failed: the loss stays not finite, or the end cannot be saved; the checkpoints of before are kept.
@@ -137,7 +139,7 @@ def run_loop(
             if writer:
                 writer.write(outcome.step, "validation", metrics)
             # The very start is no candidate: a run hands over what it trained.
-            if outcome.step and metrics["loss"] < outcome.best.get("loss", math.inf):
+            if outcome.step and (not outcome.best or rank(metrics) < rank(outcome.best)):
                 outcome.best = record
                 checkpointer.save_best(outcome.step, parallel.everywhere(state.params), record)
             if not outcome.step:

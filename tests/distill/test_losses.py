@@ -82,7 +82,7 @@ def test_cosine_loss_is_cosine_embedding_loss(data):
     compare(ours, expected, hidden)
 
 
-def test_logit_mse_loss_is_squares_over_positions(data):
+def test_logit_mse_loss_is_squaresover_positions(data):
     student, keep = leaf(data["student"]), torch.tensor(data["weights"]) > 0
     expected = F.mse_loss(student[keep], torch.tensor(data["teacher"])[keep], reduction="sum") / keep.sum()
     ours = value_and_grad(lambda s: logit_mse_loss(s, data["teacher"], data["weights"]), data["student"])

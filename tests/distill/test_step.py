@@ -14,6 +14,7 @@ from flax import traverse_util
 from distiljax.distill.masking import MaskedRows, Masking, mask_tokens, masking_weights
 from distiljax.distill.step import (
     PROJECTION,
+    Distillation,
     Models,
     Recipe,
     distillation_terms,
@@ -88,7 +89,11 @@ def train(
     parallel = Parallel(mode, jax.devices()[:devices], model)
     step = parallel.wrap(
         make_train_step(
-            Models(module, teacher), recipe, MASKING, optimizer, schedule, seed=0, micro_batches=micro_batches
+            Distillation(Models(module, teacher), recipe, MASKING),
+            optimizer,
+            schedule,
+            seed=0,
+            micro_batches=micro_batches,
         ),
         donate=True,
     )
@@ -164,7 +169,11 @@ def test_a_spread_teacher_lies_in_parts_on_its_devices(models):
     optimizer, schedule = make_optimizer(optimizer_config(), 20)
     step = parallel.wrap(
         make_train_step(
-            Models(module, teacher), Recipe(), MASKING, optimizer, schedule, seed=0, micro_batches=1
+            Distillation(Models(module, teacher), Recipe(), MASKING),
+            optimizer,
+            schedule,
+            seed=0,
+            micro_batches=1,
         )
     )
     state = parallel.replicate(jax.device_get(TrainState.create(params, optimizer)))
@@ -223,7 +232,11 @@ def test_gradients_are_reduced_once_a_step_and_never_inside_the_micro_batch_loop
     parallel = Parallel("jit", jax.devices()[:4])
     step = parallel.wrap(
         make_train_step(
-            Models(module, teacher), Recipe(), MASKING, optimizer, schedule, seed=0, micro_batches=2
+            Distillation(Models(module, teacher), Recipe(), MASKING),
+            optimizer,
+            schedule,
+            seed=0,
+            micro_batches=2,
         )
     )
     state = TrainState.create(params, optimizer)
@@ -352,7 +365,7 @@ def test_evaluation_masks_are_fixed_and_do_not_depend_on_devices(models):
     values = []
     for devices, size in ((1, 16), (8, 16), (4, 8)):
         parallel = Parallel("jit", jax.devices()[:devices])
-        step = parallel.wrap(make_eval_step(Models(module, teacher), Recipe(), MASKING, seed=7))
+        step = parallel.wrap(make_eval_step(Distillation(Models(module, teacher), Recipe(), MASKING), seed=7))
         frozen = parallel.replicate({"teacher": teacher_params, "masking_weights": WEIGHTS})
         placed = parallel.replicate(params)
         totals = []
