@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import importlib
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from absl import flags
 
 from distiljax.commands import COMMANDS, Command
 from distiljax.errors import Failed, Stopped, UserError
+from distiljax.programs import keep_programs
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -111,6 +113,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     parsed, rest = _parse(name, command, arguments)
     set_up_logging()
+    keep_programs()
     if command.processes:
         _join(parsed)
     return command.run(parsed, rest)
@@ -193,9 +196,9 @@ def _define_config(
         )
     if part is not None and path is not None:
         config = part(config)
-    known = set(_keys(default()))
+    known, open_ = set(_keys(default())), tuple(_open_keys(default()))
     for key in _keys(config):
-        if key not in known:
+        if key not in known and not key.startswith(open_):
             raise UserError(
                 f"config {path} sets {key!r}, which `distiljax {name}` does not know{_suggestion(key, known)}; "
                 "remove it, or check the spelling"
@@ -206,7 +209,7 @@ def _define_config(
         override = re.match(r"--?config\.([^=]+)", argument)
         if (
             override
-            and override[1] not in known
+            and override[1] not in known | set(_keys(config))
             and not any(key.startswith(override[1] + ".") for key in known)
         ):
             raise UserError(
@@ -268,6 +271,15 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
+def _open_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """The parts that are empty by default, which a config file fills as it likes: `overrides.`."""
+    from ml_collections import ConfigDict
+
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from _open_keys(config[key], f"{prefix}{key}.") if len(config[key]) else [f"{prefix}{key}."]
+
+
 def _help(command: Command) -> str:
     import inspect
 
@@ -287,13 +299,10 @@ def _help(command: Command) -> str:
             lines.append(f"  --{flag.name:<12} {text}{default}")
     if command.config is not None:
         lines += ["", "config: a Python file with get_config(), each key also as --config.KEY=VALUE.", ""]
-        from distiljax.data.config import default_data_config
-        from distiljax.distill.config import shared_config
-
         function = _config_function(command.config)
-        for described in (function, *([] if command.config_part else [shared_config])):
-            lines += (inspect.getdoc(described) or "").splitlines()[2:]
-        lines += ["", "keys of data:", "", *(inspect.getdoc(default_data_config) or "").splitlines()[2:]]
+        for name, heading in {command.config: (), **command.config_help}.items():
+            described = inspect.getdoc(_config_function(name)) or ""
+            lines += [*heading, *described.splitlines()[2:]]
         lines += ["", "defaults:", *(f"  {line}" for line in str(function()).strip().splitlines())]
     return "\n".join(lines) + "\n"
 
@@ -343,6 +352,5 @@ def set_up_logging() -> None:
 
 
 def _config_function(name: str) -> Any:
-    from distiljax.distill import config
-
-    return getattr(config, name)
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(f"distiljax.{module}"), function)

@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import distiljax
 from distiljax.cli import set_up_logging
 from distiljax.errors import UserError
+from distiljax.programs import keep_programs
 from distiljax.report import print_retention_table
 from distiljax.train.format import human_seconds
 from distiljax.train.progress import stage
@@ -41,6 +42,7 @@ def main() -> int:
     began = time.monotonic()
     os.chdir(ROOT)
     set_up_logging()
+    keep_programs()
     get_config = runpy.run_path("configs/quickstart.py")["get_config"]
     teacher, student, exported = RUNS / "teacher", RUNS / "student", RUNS / "exported"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import string
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Most of the time would go into compiling the same small programs again. A worker has its own: JAX does not write them
+# in one piece.
+_PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 WORDS = re.findall(
     r"\w+",

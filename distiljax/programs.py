@@ -1,0 +1,33 @@
+"""Compiled programs, kept on the disk: a command that is run again, or with another seed, compiles nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+
+def keep_programs() -> None:
+    """Let JAX keep what it compiles in $DISTILJAX_CACHE or ~/.cache/distiljax; to be called before anything is.
+
+    JAX_COMPILATION_CACHE_DIR names another place, and JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    cache = os.environ.get("DISTILJAX_CACHE") or os.path.expanduser("~/.cache/distiljax")
+    # Programs for CPUs use what this very CPU can do, and home directories are shared.
+    kind = hashlib.sha256(f"{platform.machine()} {_features()}".encode()).hexdigest()[:12]
+    place = os.path.join(os.path.abspath(cache), "programs", kind)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = place  # JAX looks when it is imported
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", place)
+
+
+def _features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
