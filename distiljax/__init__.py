@@ -17,30 +17,43 @@ if TYPE_CHECKING:
     from distiljax.distill.student import student_of
     from distiljax.errors import UserError
     from distiljax.hub import save_pretrained
-    from distiljax.nn import Encoder, EncoderConfig, MaskedLM
+    from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
     from distiljax.plan import make_plan
     from distiljax.report import write_report
+    from distiljax.tasks.compare import compare, compare_config
+    from distiljax.tasks.config import finetune_config
     from distiljax.tasks.evaluate import evaluate_models, evaluate_run
+    from distiljax.tasks.evaluate_task import evaluate_task
     from distiljax.tasks.export import export
     from distiljax.tasks.fill_mask import fill_mask
+    from distiljax.tasks.finetune import finetune
+    from distiljax.tasks.predict import predict
     from distiljax.train.load import from_pretrained, load_tokenizer
 
 __all__ = [
     "Encoder",
     "EncoderConfig",
+    "HeadConfig",
     "MaskedLM",
     "Result",
+    "TaskModel",
     "UserError",
     "__version__",
+    "compare",
+    "compare_config",
     "distill",
     "distill_config",
     "evaluate_models",
     "evaluate_run",
+    "evaluate_task",
     "export",
     "fill_mask",
+    "finetune",
+    "finetune_config",
     "from_pretrained",
     "load_tokenizer",
     "make_plan",
+    "predict",
     "prepare",
     "pretrain",
     "pretrain_config",
@@ -56,12 +69,17 @@ _MODULES = {
     "distiljax.distill.student": ("student_of",),
     "distiljax.errors": ("UserError",),
     "distiljax.hub": ("save_pretrained",),
-    "distiljax.nn": ("Encoder", "EncoderConfig", "MaskedLM"),
+    "distiljax.nn": ("Encoder", "EncoderConfig", "HeadConfig", "MaskedLM", "TaskModel"),
     "distiljax.plan": ("make_plan",),
     "distiljax.report": ("write_report",),
+    "distiljax.tasks.compare": ("compare", "compare_config"),
+    "distiljax.tasks.config": ("finetune_config",),
     "distiljax.tasks.evaluate": ("evaluate_models", "evaluate_run"),
+    "distiljax.tasks.evaluate_task": ("evaluate_task",),
     "distiljax.tasks.export": ("export",),
     "distiljax.tasks.fill_mask": ("fill_mask",),
+    "distiljax.tasks.finetune": ("finetune",),
+    "distiljax.tasks.predict": ("predict",),
     "distiljax.train.load": ("from_pretrained", "load_tokenizer"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -16,6 +15,10 @@ from absl import flags
 from distiljax.errors import UserError
 
 Flags = flags.FlagValues
+
+# The functions whose docstrings explain the rest of a config, and the lines that stand above each.
+_SHARED = {"distill.config.shared_config": ()}
+_DATA: Mapping[str, tuple[str, ...]] = {"data.config.default_data_config": ("", "keys of data:", "")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Command:
     example: str
     define: Callable[[Flags], None]
     run: Callable[[Flags, list[str]], int]
-    config: str | None = None
+    config: str | None = None  # as "module.function" of the package
     config_part: str | None = None  # the function that takes the command's config out of that of a run
+    config_help: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # as `_SHARED`
     processes: bool = False  # whether the same command may run on every host of a cluster, as one run
     arguments: str = ""  # what stands on the command line beside flags, for the help
 
@@ -53,7 +57,7 @@ def _train(kind: str) -> Callable[[Flags, list[str]], int]:
         (workdir,) = _needed(values, "workdir")
         import distiljax
 
-        result = (distiljax.distill if kind == "distill" else distiljax.pretrain)(values.config, workdir)
+        result = getattr(distiljax, kind)(values.config, workdir)
         from distiljax.train import distributed
 
         if not distributed.first():
@@ -66,11 +70,18 @@ def _train(kind: str) -> Callable[[Flags, list[str]], int]:
             )
             return 0
         best = result.facts["best"] or result.facts["validation"]
-        figures = f"loss {best['loss']:.4f}, masked-LM accuracy {100 * best['mlm_accuracy']:.1f} %"
+        figures = f"loss {best['loss']:.4f}, {_quality(result.facts, best)}"
         print(f"finished at step {step}; best on held-out text at step {best['step']}: {figures}; {workdir}")
         return 0
 
     return run
+
+
+def _quality(facts: dict[str, Any], best: dict[str, Any]) -> str:
+    if "metric" not in facts:
+        return f"masked-LM accuracy {100 * best['mlm_accuracy']:.1f} %"
+    others = best.keys() - {"loss", "step", facts["metric"]}
+    return ", ".join(f"{name} {100 * best[name]:.1f} %" for name in (facts["metric"], *sorted(others)))
 
 
 def _define_prepare(values: Flags) -> None:
@@ -217,7 +228,10 @@ def _define_evaluate(values: Flags) -> None:
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "model", [], "NAME=PATH of a model, repeated; the first is the reference", flag_values=values
+        "model",
+        [],
+        "NAME=PATH of a model, repeated; the first is the reference; with --task a NAME may be repeated, once a seed",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "data",
@@ -226,15 +240,46 @@ def _define_evaluate(values: Flags) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer("rows", 0, "how many rows; 0 = all", flag_values=values)
+    flags.DEFINE_string(
+        "task",
+        None,
+        "score models that are fine-tuned on it: a preset such as sst2, or a kind of task, as config.task of finetune",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "source",
+        "",
+        "with --task: the data, as config.data.source; the preset's by default",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "column",
+        [],
+        "with --task: ROLE=COLUMN, such as text=review, repeated; as config.data.ROLE",
+        flag_values=values,
+    )
+    flags.DEFINE_string("split", "validation", "with --task: which split is scored", flag_values=values)
+    flags.DEFINE_integer(
+        "max_length", 0, "with --task: tokens in a row; 0 = as each model was fine-tuned", flag_values=values
+    )
     flags.DEFINE_string("dtype", "float32", "compute dtype: float32 or bfloat16", flag_values=values)
-    flags.DEFINE_string("out", None, "also write the result as JSON to this file", flag_values=values)
+    flags.DEFINE_string(
+        "out",
+        None,
+        "also write the result: as JSON to this file; with --task comparison.json, .md and plots to this directory",
+        flag_values=values,
+    )
     flags.DEFINE_bool("json", False, "print JSON in place of the table", flag_values=values)
 
 
 def _evaluate(values: Flags, rest: list[str]) -> int:
     del rest
+    if values.task:
+        return _evaluate_task(values)
     if bool(values.workdir) == bool(values.model):
-        raise UserError("give either --workdir=RUN or --model=NAME=PATH … with --data=DIR")
+        raise UserError(
+            "give --workdir=RUN, --model=NAME=PATH … with --data=DIR, or --task=TASK with --model=NAME=PATH …"
+        )
     import distiljax
     from distiljax.report import print_retention_table
     from distiljax.train.run import write_json
@@ -243,12 +288,7 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
         evaluation = distiljax.evaluate_run(values.workdir, rows=values.rows, dtype=values.dtype)
     else:
         (data,) = _needed(values, "data")
-        models = {}
-        for spec in values.model:
-            name, equals, path = spec.partition("=")
-            if name in models or not name or (equals and not path):
-                raise UserError(f"--model={spec}; expected NAME=PATH, each name once")
-            models[name] = path if equals else spec
+        models = {name: path for name, (path, *more) in _named_models(values.model, once=True).items()}
         evaluation = distiljax.evaluate_models(models, data, rows=values.rows, dtype=values.dtype)
     from distiljax.train import distributed, storage
 
@@ -263,66 +303,141 @@ def _evaluate(values: Flags, rest: list[str]) -> int:
     return 0
 
 
+def _named_models(specs: list[str], *, once: bool) -> dict[str, list[str]]:
+    """The paths of NAME=PATH by their names, in order; a PATH alone is its own name."""
+    models: dict[str, list[str]] = {}
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not name or (equals and not path) or (once and name in models):
+            raise UserError(f"--model={spec}; expected NAME=PATH{', each name once' if once else ''}")
+        models.setdefault(name, []).append(path if equals else spec)
+    return models
+
+
+def _evaluate_task(values: Flags) -> int:
+    (specs,) = _needed(values, "model")
+    for name in ("workdir", "data", "rows"):
+        if values[name].value:
+            raise UserError(f"--{name}={values[name].value} is not for --task; leave it out")
+    import distiljax
+
+    data = distiljax.finetune_config().data
+    data.source, data.max_length = values.source, values.max_length
+    # The split to score may be a file or a split of the source that no preset names.
+    for column in values.column:
+        role, _, name = column.partition("=")
+        if not name or role not in (
+            "text",
+            "text_pair",
+            "label",
+            "tokens",
+            "tags",
+            "id",
+            "question",
+            "context",
+            "answers",
+        ):
+            raise UserError(f"--column={column}; expected ROLE=COLUMN, such as text=review or label=stars")
+        data[role] = name
+    models = _named_models(specs, once=False)
+    evaluation = distiljax.evaluate_task(values.task, models, data, split=values.split, dtype=values.dtype)
+    from distiljax.comparison import print_comparison, write_comparison
+    from distiljax.train import distributed
+
+    if not distributed.first():
+        return 0
+    if values.out:
+        write_comparison(evaluation, values.out)
+    if values.json:
+        print(json.dumps(evaluation, indent=2))
+    else:
+        print_comparison(evaluation)
+    return 0
+
+
+def _compare(values: Flags, rest: list[str]) -> int:
+    del rest
+    (workdir,) = _needed(values, "workdir")
+    import distiljax
+    from distiljax.comparison import MARKDOWN, print_comparison
+    from distiljax.train import distributed
+
+    result = distiljax.compare(values.config, workdir)
+    if not distributed.first():
+        return 0
+    if not result.finished:
+        print(f"stopped, saved in {workdir}; the same command goes on from there", file=sys.stderr)
+        return 0
+    print_comparison(result.facts)
+    print(f"wrote {result.workdir / MARKDOWN}")
+    return 0
+
+
 def _define_predict(values: Flags) -> None:
-    flags.DEFINE_string(
-        "model", None, "a run directory, a Hugging Face directory or a hub name", flag_values=values
+    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    text("model", None, "a run directory, a Hugging Face directory or a hub name", flag_values=values)
+    text("file", None, "read texts from this file, one a line", flag_values=values)
+    flags.DEFINE_enum(
+        "format",
+        "auto",
+        ["auto", "text", "jsonl"],
+        "of the lines; auto: JSON where the first one begins with an object",
+        flag_values=values,
     )
-    flags.DEFINE_string("file", None, "read texts from this file, one a line", flag_values=values)
-    flags.DEFINE_integer("top_k", 5, "how many words for each [MASK]", flag_values=values)
-    flags.DEFINE_integer("batch_size", 16, "texts at once", flag_values=values)
+    text("question", None, "question answering: asked of every text", flag_values=values)
+    text(
+        "context",
+        None,
+        "question answering: a file with the context that every text asks of",
+        flag_values=values,
+    )
+    text("text_pair", None, "sequence pairs: the second text of every text", flag_values=values)
+    number("top_k", None, "how many words for each [MASK] (5), labels or answers (1)", flag_values=values)
+    number("batch_size", 32, "texts at once, at most", flag_values=values)
+    number("max_length", 0, "tokens in a row; 0 = the model's positions", flag_values=values)
+    flags.DEFINE_float(
+        "no_answer",
+        None,
+        "question answering: none where its logit is this much above the best answer's, as 0; not given = always one",
+        flag_values=values,
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype", flag_values=values)
     flags.DEFINE_bool("json", False, "one JSON object a text", flag_values=values)
 
 
 def _predict(values: Flags, rest: list[str]) -> int:
     (model,) = _needed(values, "model")
-    texts = _texts(values.file, rest)
-    import distiljax
+    from distiljax.tasks import inputs, show
 
-    module, params = distiljax.from_pretrained(model)
-    tokenizer = distiljax.load_tokenizer(model)
-    for result in distiljax.fill_mask(
-        module, params, tokenizer, texts, top_k=values.top_k, batch_size=values.batch_size
-    ):
-        if values.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
-            continue
-        print(result["text"])
-        for number, choices in enumerate(result["masks"], 1):
-            if len(result["masks"]) > 1:
-                print(f"  [MASK] {number}")
-            for choice in choices:
-                print(f"  {choice['score']:7.4f}  {choice['token']:<16} {choice['filled']}", flush=True)
+    # What can be refused is refused before a model is loaded.
+    items = inputs.read_inputs(values.file, rest, values.format)
+    defaults = inputs.read_defaults(values.question, values.context, values.text_pair)
+    import jax.numpy as jnp
+
+    import distiljax
+    from distiljax.hub.pretrained import head_kind
+    from distiljax.tasks.predict import predict
+
+    module, params = distiljax.from_pretrained(model, inputs.needed_head(defaults), jnp.dtype(values.dtype))
+    kind = head_kind(module) or ""
+    results = predict(
+        module,
+        params,
+        distiljax.load_tokenizer(model),
+        (inputs.as_input(item, kind, where, defaults) for where, item in items),
+        batch_size=values.batch_size,
+        top_k=values.top_k,
+        max_length=values.max_length,
+        no_answer=values.no_answer,
+    )
+    show.print_results(results, as_json=values.json, file=values.file, bar=not rest)
     return 0
 
 
-def _texts(file: str | None, arguments: list[str]) -> Iterator[str]:
-    if file and arguments:
-        raise UserError("give texts either as arguments or with --file")
-    if arguments:
-        return iter(arguments)
-    if not file and sys.stdin.isatty():
-        raise UserError("no text; give it as an argument, with --file, or on standard input")
-
-    def lines() -> Iterator[str]:
-        try:
-            with open(file, encoding="utf-8") if file else contextlib.nullcontext(sys.stdin) as source:
-                for line in source:
-                    if line.strip():
-                        yield line.rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file or 'standard input'} is not UTF-8 ({error.reason}); convert it first"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"--file {file} cannot be read ({error.strerror}); give a text file, one text a line"
-            ) from error
-
-    return lines()
-
-
 def _define_export(values: Flags) -> None:
-    flags.DEFINE_string("workdir", None, "the run directory of a pretrain or distill run", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "the run directory of a pretrain, distill or finetune run", flag_values=values
+    )
     flags.DEFINE_string("out", None, "the Hugging Face directory to write", flag_values=values)
     flags.DEFINE_string("checkpoint", "best", "best (lowest held-out loss) or last", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace what stands at --out", flag_values=values)
@@ -337,7 +452,9 @@ def _export(values: Flags, rest: list[str]) -> int:
     path = distiljax.export(workdir, out, checkpoint=values.checkpoint, overwrite=values.overwrite)
     if not distributed.first():
         return 0
-    print(f'wrote {path}; in Python: transformers.AutoModelForMaskedLM.from_pretrained("{path}")')
+    from distiljax.hub.heads import auto_class
+
+    print(f'wrote {path}; in Python: transformers.{auto_class(path)}.from_pretrained("{path}")')
     return 0
 
 
@@ -402,8 +519,9 @@ COMMANDS = {
         "distiljax distill --config=configs/distilbert_base.py --config.data_dir=rows --workdir=runs/distilbert",
         _define_prepare,
         _prepare,
-        config="prepare_config",
-        config_part="prepare_part",
+        config="distill.config.prepare_config",
+        config_part="distill.config.prepare_part",
+        config_help=_DATA,
     ),
     "inspect": Command(
         "What is in a directory of prepared text: counts, what was dropped, rows as the model sees them.",
@@ -419,7 +537,8 @@ COMMANDS = {
         "distiljax pretrain --config.model=bert-base-uncased --config.data.source='notes/*.txt' --workdir=runs/teacher",
         _workdir,
         _train("pretrain"),
-        "pretrain_config",
+        "distill.config.pretrain_config",
+        config_help={**_SHARED, **_DATA},
         processes=True,
     ),
     "distill": Command(
@@ -427,23 +546,53 @@ COMMANDS = {
         "distiljax distill --config=configs/distilbert_base.py --workdir=runs/distilbert",
         _workdir,
         _train("distill"),
-        "distill_config",
+        "distill.config.distill_config",
+        config_help={**_SHARED, **_DATA},
+        processes=True,
+    ),
+    "finetune": Command(
+        "Fine-tune a model on a task: a GLUE task, IMDb, SQuAD, named entities, or data of your own.",
+        "distiljax finetune --config=configs/finetune.py --config.task=sst2 --config.model=runs/distilbert \\\n"
+        "    --workdir=runs/sst2\n"
+        "distiljax finetune --config.task=sequence_classification --config.data.source=reviews.csv \\\n"
+        "    --config.data.text=review --config.data.label=stars --config.model=runs/distilbert --workdir=runs/stars\n"
+        "distiljax finetune --config.task=squad --config.model=runs/distilbert --config.teacher=runs/squad-teacher \\\n"
+        "    --workdir=runs/squad-student",
+        _workdir,
+        _train("finetune"),
+        "tasks.config.finetune_config",
+        config_help={"tasks.config.shared_with_pretraining": ()},
         processes=True,
     ),
     "evaluate": Command(
-        "Masked-LM accuracy, size and speed of models side by side.",
+        "What models are worth: masked-LM accuracy, or a task's metrics, with size and speed, side by side.",
         "distiljax evaluate --workdir=runs/distilbert\n"
-        "distiljax evaluate --model=teacher=bert-base-uncased --model=student=out/student --data=DIR_OF_ROWS",
+        "distiljax evaluate --model=teacher=bert-base-uncased --model=student=out/student --data=DIR_OF_ROWS\n"
+        "distiljax evaluate --task=sst2 --model=teacher=runs/sst2-teacher --model=student=runs/sst2-student",
         _define_evaluate,
         _evaluate,
         processes=True,
     ),
+    "compare": Command(
+        "Fine-tune several models on the same tasks and seeds, and show what each keeps of the first.",
+        "distiljax compare --config=configs/glue.py --workdir=runs/glue\n"
+        "distiljax compare --config.models=teacher=bert-base-uncased,student=runs/distilbert \\\n"
+        "    --config.tasks=sst2,rte --config.seeds=0,1,2 --config.data_root=data --workdir=runs/compared",
+        _workdir,
+        _compare,
+        "tasks.compare.compare_config",
+        processes=True,
+    ),
     "predict": Command(
-        "The likeliest words for every [MASK].",
+        "Labels, entities, answers or words for [MASK]: what a model says of texts.",
+        "distiljax predict --model=runs/sst2 'A film without a dull minute.'\n"
+        "distiljax predict --model=runs/wnut17 --json --file=notes.txt > entities.jsonl\n"
+        "distiljax predict --model=runs/squad --context=report.txt 'Who wrote it?' 'When?'\n"
         "distiljax predict --model=runs/distilbert 'Paris is the [MASK] of France.'",
         _define_predict,
         _predict,
-        arguments="TEXT …: each with [MASK] in it; without one, lines of --file or standard input",
+        arguments="TEXT …: what the model's head is for; without one, lines of --file or standard input:\n"
+        '  plain, or JSON {"text", "text_pair"}, {"tokens"}, {"question", "context"}; "id" comes back',
     ),
     "export": Command(
         "Write a run's model as a Hugging Face directory.",
@@ -458,8 +607,9 @@ COMMANDS = {
         "distiljax plan --config=configs/distilbert_base.py --topology=h100:8 --tokens=4.2e9 --json",
         _define_plan,
         _plan,
-        "plan_config",
-        "plan_part",
+        "distill.config.plan_config",
+        "distill.config.plan_part",
+        config_help=_DATA,
     ),
     "report": Command(
         "Write report.md with tables and plots of one or more runs.",

@@ -6,14 +6,11 @@ import dataclasses
 import logging
 import math
 import os
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,10 +18,11 @@ from distiljax.data import Metadata, remote
 from distiljax.distill.evaluator import EVAL_SEED, Evaluator, full_counts
 from distiljax.distill.masking import Masking, masking_weights
 from distiljax.distill.runs import DTYPES, count_parameters, prepare_corpus, run_student
-from distiljax.distill.step import Models, Recipe
+from distiljax.distill.step import Distillation, Models, Recipe
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
+from distiljax.tasks.speed import BATCH_ROWS, model_speed
 from distiljax.train import distributed, storage
 from distiljax.train.checkpoint import checkpoint_step
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
@@ -32,9 +30,6 @@ from distiljax.train.parallel import Parallel
 from distiljax.train.run import CONFIG, EVALUATION, machine, read_json, write_json
 
 log = logging.getLogger(__name__)
-
-BATCH_ROWS = 32
-SPEED_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +112,13 @@ def evaluate_models(
             full_counts(counts, candidate.module.config.vocab_size), tokenizer.all_special_ids, smoothing
         )
         evaluator = Evaluator(
-            Models(candidate.module),
-            recipe,
-            Masking(mask_token_id=tokenizer.mask_token_id, vocab_size=vocabulary_size(tokenizer), **settings),
+            Distillation(
+                Models(candidate.module),
+                recipe,
+                Masking(
+                    mask_token_id=tokenizer.mask_token_id, vocab_size=vocabulary_size(tokenizer), **settings
+                ),
+            ),
             parallel,
             BATCH_ROWS,
         )
@@ -141,7 +140,8 @@ def evaluate_models(
         )
         log.info("%s: masked-LM accuracy %.2f %%", candidate.name, 100 * accuracy)
     if speed and spread == 1:
-        for result, figures in zip(results, encoder_speed(candidates, metadata.seq_len), strict=True):
+        models_in_turn = [(candidate.module, candidate.params) for candidate in candidates]
+        for result, figures in zip(results, model_speed(models_in_turn, metadata.seq_len), strict=True):
             result |= figures
     seen = min(rows, metadata.num_rows) if rows else metadata.num_rows
     return {
@@ -166,38 +166,6 @@ def _local(corpus: str | os.PathLike[str]) -> Path:
         return Path(corpus)
     split = storage.as_path(corpus)
     return remote.local(split.parent) / split.name
-
-
-def encoder_speed(candidates: Sequence[Candidate], seq_len: int) -> list[dict[str, float]]:
-    """Latency (ms, one row) and throughput (tokens/s, 32 rows) of each encoder, measured in turn; medians."""
-    timings: list[tuple[list[float], list[float]]] = [([], []) for _ in candidates]
-    inputs = [jnp.ones((rows, seq_len), jnp.int32) for rows in (1, BATCH_ROWS)]
-    runs = [
-        (
-            jax.jit(lambda p, x, m=c.module: m.apply({"params": p}, x, method="encode")),
-            jax.device_put(c.params),
-        )
-        for c in candidates
-    ]
-    for run, params in runs:
-        for x in inputs:
-            jax.block_until_ready(run(params, x))  # compiles
-    began = time.monotonic()
-    rounds = 0
-    while rounds < 3 or (time.monotonic() - began < SPEED_SECONDS * len(candidates) and rounds < 50):
-        for (run, params), times in zip(runs, timings, strict=True):
-            for x, measured in zip(inputs, times, strict=True):
-                start = time.perf_counter()
-                jax.block_until_ready(run(params, x))
-                measured.append(time.perf_counter() - start)
-        rounds += 1
-    return [
-        {
-            "latency_ms": 1000 * statistics.median(one),
-            "tokens_per_second": BATCH_ROWS * seq_len / statistics.median(many),
-        }
-        for one, many in timings
-    ]
 
 
 def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str = "float32") -> dict[str, Any]:

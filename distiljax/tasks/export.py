@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distiljax.errors import UserError
-from distiljax.hub import model_card, save_pretrained
+from distiljax.hub import model_card, save_pretrained, task_card
 from distiljax.hub.files import CONFIG as HF_CONFIG
+from distiljax.nn import MaskedLM
 from distiljax.train import distributed, storage
 from distiljax.train.checkpoint import checkpoint_step
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
@@ -28,7 +29,7 @@ def export(
     A student without token types goes out as DistilBERT, a BERT-shaped model as BERT.
 
     Args:
-      workdir: a run directory of `distill` or `pretrain`; may be remote.
+      workdir: a run directory of `distill`, `pretrain` or `finetune`; may be remote.
       directory: where to; made in one piece, or, where it is remote, file by file with config.json last.
       checkpoint: "best" (lowest held-out loss) or "last".
       overwrite: replace what stands there.
@@ -41,14 +42,15 @@ def export(
     path = storage.as_path(workdir)
     if not is_run(path):
         raise UserError(
-            f"{path} is no run directory (no model.json); give the --workdir of a pretrain or distill run"
+            f"{path} is no run directory (no model.json); give the --workdir of a pretrain, distill or finetune run"
         )
     if storage.is_remote(directory):
         _check_remote(directory, overwrite)
-    module, params = from_pretrained(path, checkpoint=checkpoint)
+    module, params = from_pretrained(path, head="any", checkpoint=checkpoint)
     if not distributed.first():  # every process reads a checkpoint, one writes the model
         return storage.as_path(directory)
-    card = model_card(card_facts(path, checkpoint))
+    facts = card_facts(path, checkpoint)
+    card = model_card(facts) if isinstance(module, MaskedLM) else task_card(facts)
     tokenizer = load_tokenizer(path)
     if not storage.is_remote(directory):
         save_pretrained(module, params, directory, tokenizer=tokenizer, card=card, overwrite=overwrite)
@@ -91,6 +93,7 @@ def card_facts(path: Path, checkpoint: str) -> dict[str, Any]:
     if evaluation and evaluation.get("best_step") != checkpoint_step(path, checkpoint):
         evaluation = None
     return {
+        "model": read_json(path / MODEL) or {},
         "config": read_json(path / CONFIG) or {},
         "result": read_json(path / RESULT) or {},
         "evaluation": evaluation,

@@ -1,0 +1,282 @@
+"""`finetune`: from a pre-trained model and a task's data to a finished run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from distiljax.distill.config import check_ranges
+from distiljax.distill.runs import (
+    Result,
+    checked,
+    count_micro_batches,
+    finished,
+    fit,
+    log_start,
+    log_steps,
+    named_dtype,
+    open_together,
+    run_facts,
+)
+from distiljax.errors import UserError
+from distiljax.hub import check_vocabulary
+from distiljax.nn import HeadConfig, TaskModel
+from distiljax.tasks.datasets import label_names, load_task
+from distiljax.tasks.features import Features, choose_lengths, make_features
+from distiljax.tasks.forward import Forward
+from distiljax.tasks.loader import Logits, TaskLoader
+from distiljax.tasks.objective import FineTuning, TaskLoss
+from distiljax.tasks.presets import Task, find_task
+from distiljax.tasks.scoring import Scorer
+from distiljax.train import distributed, storage
+from distiljax.train.load import from_pretrained, load_tokenizer
+from distiljax.train.parallel import Parallel
+from distiljax.train.run import RESULT, write_json, write_model, write_tokenizer
+
+log = logging.getLogger(__name__)
+
+TEACHER_LOGITS = "teacher_logits.npz"
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Networks:
+    """What is trained, and the teacher with its parameters, if there is one."""
+
+    student: TaskModel
+    teacher: TaskModel | None
+    teacher_params: Params | None
+
+
+def finetune(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
+    """Fine-tune a model on a task, with `config.teacher` also towards the soft targets of a fine-tuned teacher.
+
+    The second distillation of Sanh et al. 2019, section 4.1. Runs to the end, or goes on from the newest checkpoint
+    of `workdir`; a finished run is returned as it is. Its result.json has the task's metrics under `best`.
+
+    Args:
+      config: see `distiljax.finetune_config`.
+      workdir: the run directory.
+
+    Raises:
+      UserError: bad input, in one line.
+    """
+    check_ranges(config)
+    task = find_task(config.task)
+    with open_together(workdir, config, "finetune") as path:
+        return finished(path) or _finetune(config, task, path)
+
+
+def _finetune(config: ConfigDict, task: Task, path: Path) -> Result:
+    parallel = Parallel(config.parallel.mode, model=config.parallel.model)
+    micro_batches = count_micro_batches(config, parallel.devices)
+    loss = checked(TaskLoss, **{**config.loss, "soft": config.loss.soft if config.teacher else 0.0})
+    splits = load_task(task, config.data)
+    dropout = None if config.head_dropout < 0 else config.head_dropout
+    head = checked(HeadConfig, task.kind, label_names(task, splits), task.regression, dropout)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    networks, params = _load(config, head, tokenizer)
+    module = networks.student
+    features = {
+        split: task_features(task, splits[split], tokenizer, config.data, module.config.max_positions)
+        for split in ("train", "validation")
+    }
+    if distributed.first():
+        write_tokenizer(path, tokenizer)
+        write_model(
+            path,
+            kind="finetune",
+            task=task.name,
+            head=dataclasses.asdict(head),
+            encoder=dataclasses.asdict(module.config),
+            source=config.model,
+        )
+    train = features["train"]
+    lengths = row_lengths(features.values(), config.data)
+    placed_teacher = parallel.place_teacher(networks.teacher_params)
+    cached = None
+    if networks.teacher is not None and config.cache_teacher:
+        read = Forward(networks.teacher, parallel, config.eval.batch_size, lengths)
+        cached = _teacher_logits(path, _digest(train, networks), lambda: read(placed_teacher, train))
+        placed_teacher = None
+
+    def batches(start: int) -> TaskLoader:
+        return TaskLoader(
+            train,
+            config.batch_size,
+            config.seed,
+            lengths,
+            teacher_logits=cached,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start=start,
+        )
+
+    loader = batches(0)
+    total_steps = config.steps or loader.steps(config.epochs)
+    objective = FineTuning(module, networks.teacher, loss)
+    scorer = Scorer(task, head, features["validation"], splits["validation"])
+    forward = Forward(module, parallel, config.eval.batch_size, lengths)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        logits = forward(params, features["validation"])
+        return {"loss": label_loss(objective, logits, features["validation"]), **scorer(logits)}
+
+    log_start(config, "finetune", networks, params, parallel)
+    _log_data(task, features, splits, lengths)
+    log_steps(config, total_steps, micro_batches, loader.steps_per_epoch, len(train))
+    outcome = fit(
+        config,
+        path,
+        description=f"fine-tuning on {task.name}",
+        objective=objective,
+        encoder=module.config,
+        params=params,
+        frozen={"teacher": placed_teacher},
+        parallel=parallel,
+        total_steps=total_steps,
+        batches=batches,
+        whole_batch=loader.whole_batch,
+        evaluate=evaluate,
+        rank=lambda metrics: -metrics[task.metrics[0]],
+    )
+    facts = run_facts("finetune", outcome, params, networks.teacher_params)
+    facts |= {"task": task.name, "metric": task.metrics[0], "examples": len(splits["train"])}
+    if outcome.finished and distributed.first():
+        write_json(path / RESULT, facts)
+    return Result(path, outcome.finished, facts)
+
+
+def _load(config: ConfigDict, head: HeadConfig, tokenizer: Any) -> tuple[_Networks, Params]:
+    dtype = named_dtype("dtype", config.dtype)
+    module, params = from_pretrained(config.model, head, dtype, init_head=True, seed=config.seed)
+    check_vocabulary(tokenizer, module.config, str(config.model))
+    drops = {key: config[key] for key in ("hidden_dropout", "attention_dropout") if config[key] >= 0}
+    module = module.clone(config=checked(module.config.replace, **drops))
+    if not config.teacher:
+        return _Networks(module, None, None), params
+    teacher_dtype = named_dtype("teacher_dtype", config.teacher_dtype or config.dtype)
+    teacher, teacher_params = from_pretrained(config.teacher, head.kind, teacher_dtype)
+    assert isinstance(teacher, TaskModel)
+    if (teacher.head.labels, teacher.head.regression) != (head.labels, head.regression):
+        raise UserError(
+            f"teacher {config.teacher} was trained for the labels {', '.join(teacher.head.labels)}; expected those of "
+            f"the task, {', '.join(head.labels)}, in this order"
+        )
+    if load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"teacher {config.teacher} and {config.model} have different vocabularies; expected a teacher that reads "
+            "the same tokens"
+        )
+    return _Networks(module, teacher, teacher_params), params
+
+
+def task_features(task: Task, dataset: Any, tokenizer: Any, data: ConfigDict, positions: int) -> Features:
+    """A split's examples as a model with so many positions reads them; `data` as in `finetune_config`.
+
+    Raises:
+      UserError: rows longer than the model has positions, or a window that is no wider than its stride.
+    """
+    if not 8 <= data.max_length <= positions:
+        raise UserError(
+            f"data.max_length is {data.max_length}; expected 8 to {positions}, the model's positions"
+        )
+    if not 0 <= data.stride < data.max_length - 3:
+        raise UserError(
+            f"data.stride is {data.stride}; expected 0 or more, and less than data.max_length - 3"
+        )
+    return make_features(
+        task.kind,
+        dataset,
+        tokenizer,
+        max_length=data.max_length,
+        stride=data.stride,
+        regression=task.regression,
+    )
+
+
+def row_lengths(features: Iterable[Features], data: ConfigDict) -> tuple[int, ...]:
+    """The lengths that batches of these rows come in; none is over `data.max_length`."""
+    held = np.concatenate([rows.lengths for rows in features])
+    return tuple(min(length, data.max_length) for length in choose_lengths(held, data.shapes))
+
+
+def label_loss(objective: FineTuning, logits: Sequence[np.ndarray], features: Features) -> float:
+    """The labels' mean loss of logits on the host, one array a row without padding."""
+    term = jax.jit(objective.label_terms)
+    total = count = 0.0
+    held = Logits.of(logits)
+    length, chunk = int(features.lengths.max()), 256
+    for first in range(0, len(features), chunk):
+        rows = np.full(chunk, -1)
+        part = range(first, min(first + chunk, len(features)))
+        rows[: len(part)] = part
+        found = term(held.batch(rows, length), features.batch(rows, length))["label"]
+        total, count = total + float(found.sum), count + float(found.count)
+    return total / max(count, 1.0)
+
+
+def _teacher_logits(path: Path, digest: str, compute: Callable[[], list[np.ndarray]]) -> Logits:
+    """The teacher's logits of every row, from the disk where they are those of this teacher and these rows."""
+    file = path / TEACHER_LOGITS
+
+    def stored() -> dict[str, np.ndarray] | None:
+        try:
+            with (
+                storage.errors(file),
+                file.open("rb") as stream,
+                np.load(stream, allow_pickle=False) as arrays,
+            ):
+                return dict(arrays) if str(arrays["digest"]) == digest else None
+        except (OSError, ValueError, KeyError, UserError):
+            return None  # none yet, or damaged
+
+    held = stored()
+    # All processes compute together, or none.
+    if distributed.from_first(lambda: held is not None) and held is not None:
+        log.info("the teacher's outputs are in %s", file)
+        return Logits(held["values"], held["starts"])
+    logits = Logits.of(compute())
+    if distributed.first():
+        with storage.writing(path) as directory:
+            temporary = directory / f".{TEACHER_LOGITS}"
+            with open(temporary, "wb") as stream:
+                np.savez(stream, values=logits.values, starts=logits.starts, digest=np.asarray(digest))
+            os.replace(temporary, directory / TEACHER_LOGITS)
+    log.info("the teacher's outputs for %d rows are kept in %s", len(logits.starts) - 1, file)
+    return logits
+
+
+def _digest(features: Features, networks: _Networks) -> str:
+    """Of what the teacher's outputs depend on."""
+    digest = hashlib.sha256(repr(networks.teacher).encode())
+    arrays = (features.tokens, features.starts, features.second, *jax.tree.leaves(networks.teacher_params))
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _log_data(
+    task: Task, features: dict[str, Features], splits: dict[str, Any], lengths: Sequence[int]
+) -> None:
+    for split, rows in features.items():
+        log.info(
+            "%s %s: %s examples in %s rows, %.1f tokens a row%s",
+            task.name,
+            split,
+            f"{len(splits[split]):,}",
+            f"{len(rows):,}",
+            rows.lengths.mean(),
+            f", {rows.truncated:,} of them cut at the end" if rows.truncated else "",
+        )
+    log.info("batches are %s tokens long", ", ".join(map(str, lengths)))

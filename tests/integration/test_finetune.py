@@ -1,0 +1,222 @@
+"""`distiljax finetune`: each kind of task by its command, resume, invariance, distillation on the task, hand-over."""
+
+import csv
+import json
+import os
+import re
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import distiljax
+from distiljax.cli import main
+
+QUICK = {
+    "batch_size": 16,
+    "steps": 6,
+    "log_every": 2,
+    "checkpoint.every": 2,
+    "dtype": "float32",
+    "optimizer.peak_lr": 3e-3,
+    "data.max_length": 32,
+    "data.stride": 8,
+    "data.shapes": 1,
+    "eval.batch_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def words(corpus):
+    return [word for word in re.findall(r"[a-z]{2,6}", corpus.read_text().lower()) if word != "mask"][:20_000]
+
+
+def some(words, rng, least=3, most=9):
+    start = rng.integers(0, len(words) - 20)
+    return words[start : start + rng.integers(least, most)]
+
+
+@pytest.fixture(scope="module")
+def reviews(words, tmp_path_factory):
+    """Texts that are about one of two words; columns with names of their own."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["opinion", "stars"])
+        for _ in range(300):
+            label = rng.integers(2)
+            word = "the" if label else "if"
+            text = [word if rng.random() < 0.5 else other for other in some(words, rng)]
+            writer.writerow([" ".join([word, *text]), "good" if label else "bad"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def finetune(teacher):
+    """Runs the command on CSV or JSONL data and gives its result.json."""
+
+    def run(workdir, task, *arguments, model=teacher, **changes):
+        settings = {**QUICK, **{key.replace("__", "."): value for key, value in changes.items()}}
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        what = [f"--config.task={task}", f"--config.model={model}"]
+        assert main(["finetune", *what, *flags, *arguments, f"--workdir={workdir}"]) == 0
+        return json.loads((workdir / "result.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def columns(reviews):
+    return {"data__source": reviews, "data__text": "opinion", "data__label": "stars"}
+
+
+@pytest.fixture(scope="module")
+def classified(finetune, columns, tmp_path_factory):
+    path = tmp_path_factory.mktemp("classified") / "run"
+    return path, finetune(path, "sequence_classification", **columns, steps=30)
+
+
+def parameters(workdir, checkpoint="last"):
+    _, params = distiljax.from_pretrained(workdir, head="any", checkpoint=checkpoint)
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def assert_close(one, other, tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_a_classifier_learns_and_is_handed_over(classified, tmp_path, capsys):
+    path, result = classified
+    assert result["best"]["accuracy"] > 0.9 and result["metric"] == "accuracy"
+    assert result["start"]["accuracy"] < 0.8 and result["examples"] == 270
+    assert main(["export", f"--workdir={path}", f"--out={tmp_path / 'out'}"]) == 0
+    assert "AutoModelForSequenceClassification" in capsys.readouterr().out
+
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    tokenizer = distiljax.load_tokenizer(path)
+    ids = np.array(
+        [tokenizer("the end of it")["input_ids"], tokenizer("if end of it")["input_ids"]], np.int32
+    )
+    module, params = distiljax.from_pretrained(path, head="any")
+    ours = np.asarray(module.apply({"params": params}, ids))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids).long()).logits.numpy()
+    assert np.abs(ours - theirs).max() < 1e-5
+    assert ours.argmax(1).tolist() == [1, 0]
+    assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_finished_run_is_left_as_it_is(classified, finetune, columns):
+    path, result = classified
+    before = (path / "result.json").stat().st_mtime_ns
+    assert finetune(path, "sequence_classification", **columns, steps=30) == result
+    assert (path / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finetune, columns, teacher, tmp_path):
+    settings = dict(columns, steps=12, log_every=1, data__max_train_examples=60)
+    finetune(tmp_path / "unbroken", "sequence_classification", **settings)
+
+    def stop():
+        log = tmp_path / "broken" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and '"step": 5' in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in {**QUICK, **settings}.items()]
+    flags += ["--config.task=sequence_classification", f"--config.model={teacher}"]
+    assert main(["finetune", *flags, f"--workdir={tmp_path / 'broken'}"]) == 0
+    thread.join()
+    assert not (tmp_path / "broken" / "result.json").exists()
+    finetune(tmp_path / "broken", "sequence_classification", **settings)
+    assert_close(parameters(tmp_path / "broken"), parameters(tmp_path / "unbroken"), 0)
+
+
+def test_the_update_does_not_depend_on_how_the_batch_is_split(finetune, columns, tmp_path):
+    dropless = dict(columns, hidden_dropout=0.1, steps=4)
+    finetune(tmp_path / "whole", "sequence_classification", **dropless)
+    expected = parameters(tmp_path / "whole")
+    for name, changes in {"pmap": {"parallel__mode": "pmap"}, "micro": {"micro_batch_size": 1}}.items():
+        finetune(tmp_path / name, "sequence_classification", **dropless, **changes)
+        assert_close(parameters(tmp_path / name), expected, 1e-5)
+
+
+def test_a_teacher_of_the_task_is_learnt_from(classified, finetune, columns, tmp_path):
+    teacher, _ = classified
+    settings = dict(columns, steps=4, teacher=teacher)
+    live = finetune(tmp_path / "live", "sequence_classification", **settings, cache_teacher=False)
+    cached = finetune(tmp_path / "cached", "sequence_classification", **settings)
+    assert (tmp_path / "cached" / "teacher_logits.npz").exists()
+    assert not (tmp_path / "live" / "teacher_logits.npz").exists()
+    assert_close(parameters(tmp_path / "cached"), parameters(tmp_path / "live"), 1e-5)
+    assert live["best"]["loss"] == pytest.approx(cached["best"]["loss"], rel=1e-4)
+    alone = finetune(tmp_path / "alone", "sequence_classification", **dict(columns, steps=4))
+    assert alone["best"]["loss"] != pytest.approx(cached["best"]["loss"], rel=1e-3)
+    log = [json.loads(line) for line in (tmp_path / "cached" / "metrics.jsonl").read_text().splitlines()]
+    assert all(
+        {"loss_soft", "loss_label", "teacher_agreement"} <= r.keys() for r in log if r["split"] == "train"
+    )
+
+
+def test_pairs_and_numbers(finetune, words, tmp_path):
+    """How much of the second text stands in the first."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for _ in range(120):
+        first = some(words, rng, 4, 8)
+        second = [word if rng.random() < 0.5 else "if" for word in first]
+        rows.append({"text": " ".join(first), "text_pair": " ".join(second), "label": float(rng.normal())})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = finetune(tmp_path / "run", "regression", data__source=path, data__text_pair="text_pair")
+    assert -1 <= result["best"]["pearson"] <= 1 and result["best"]["loss"] < result["start"]["loss"]
+    module, _ = distiljax.from_pretrained(tmp_path / "run", head="any")
+    assert module.head.regression
+
+
+def test_tokens(finetune, words, tmp_path):
+    """The words behind "the" are things; one text is longer than a window."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for index in range(150):
+        tokens = [word for word in some(words, rng, 5, 12) if word != "the"] * (9 if index == 0 else 1)
+        for at in range(1, len(tokens), 3):
+            tokens[at - 1] = "the"
+        tags = ["B-thing" if at and tokens[at - 1] == "the" else "O" for at in range(len(tokens))]
+        rows.append({"words": tokens, "what": tags})
+    path = tmp_path / "tokens.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data__source": path, "data__tokens": "words", "data__tags": "what", "steps": 30}
+    result = finetune(tmp_path / "run", "token_classification", **settings)
+    assert result["best"]["entity_f1"] > 0.6 > result["start"]["entity_f1"]
+
+
+def test_answers(finetune, words, tmp_path):
+    """The answer is the word that the question names; some contexts are longer than a window."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for index in range(150):
+        context = " ".join(some(words, rng, 6, 12) * (6 if index % 50 == 0 else 1))
+        answer = next((word for word in context.split()[1:] if len(word) > 3), "")
+        if not answer:
+            continue
+        answers = {"text": [answer], "answer_start": [context.index(f" {answer}") + 1]}
+        rows.append(
+            {"id": str(index), "question": f"where is {answer}", "context": context, "answers": answers}
+        )
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = finetune(tmp_path / "run", "question_answering", data__source=path, steps=20)
+    assert result["best"]["loss"] < result["start"]["loss"]
+    assert 0 <= result["best"]["exact_match"] <= result["best"]["squad_f1"] <= 1
