@@ -144,30 +144,54 @@ def comparison(runs: Sequence[tuple[str, Metrics]]) -> Figure | None:
     return figure
 
 
-def quality(accuracies: Mapping[str, float], costs: Mapping[str, Mapping[str, float]]) -> Figure | None:
-    """Masked-LM accuracy (a share, by model name) against each of `costs` (axis label → by model name).
+def quality(
+    qualities: Mapping[str, float],
+    costs: Mapping[str, Mapping[str, float]],
+    label: str = "Masked-LM accuracy (%)",
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure | None:
+    """What models are worth (shares, by model name) against each of `costs` (axis label → by model name).
 
-    One panel a cost that is known of at least two models.
+    One panel a cost that is known of at least two models; `ranges` (lowest, highest) are drawn as bars.
     """
     panels = {
-        label: {name: cost[name] for name in accuracies if name in cost} for label, cost in costs.items()
+        label: {name: cost[name] for name in qualities if name in cost} for label, cost in costs.items()
     }
     panels = {label: cost for label, cost in panels.items() if len(cost) > 1}
     if not panels:
         return None
     figure, axes = _figure(1, len(panels), height=3.6, sharey=True)
-    for (label, cost), ax in zip(panels.items(), axes, strict=True):
-        for index, (name, share) in enumerate(accuracies.items()):
+    for (cost_label, cost), ax in zip(panels.items(), axes, strict=True):
+        for index, (name, share) in enumerate(qualities.items()):
             if name in cost:
-                look: dict[str, Any] = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6]}
-                ax.scatter(cost[name], 100 * share, s=110, clip_on=False, zorder=3, label=name, **look)
-        ax.set_xlabel(label)
+                _point(ax, cost[name], share, (ranges or {}).get(name), index, name)
+        ax.set_xlabel(cost_label)
         _count_axis(ax.xaxis, max(cost.values()))
         ax.margins(0.12)
         ax.set_xlim(left=0)
         _no_negatives(ax)
-    axes[0].set_ylabel("Masked-LM accuracy (%)")
+    axes[0].set_ylabel(label)
     _legend(figure, axes)
+    return figure
+
+
+def tasks(scores: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str) -> Figure | None:
+    """The scores of models task by task: model → task → (median, lowest, highest), shares; a column a task."""
+    names = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    if not names:
+        return None
+    figure, (ax,) = _figure(1, 1, height=3.6)
+    for index, (model, by_task) in enumerate(scores.items()):
+        offset = 0.5 * ((index + 0.5) / len(scores) - 0.5)
+        for number, task in enumerate(names):
+            if task in by_task:
+                median, *ends = by_task[task]
+                _point(ax, number + offset, median, (ends[0], ends[1]), index, model)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_xlim(-0.5, len(names) - 0.5)
+    ax.grid(axis="x", visible=False)
+    ax.set_ylabel(label)
+    _legend(figure, [ax])
     return figure
 
 
@@ -184,6 +208,17 @@ def _figure(rows: int, columns: int, height: float = 3.2, **options: Any) -> tup
 
 def _points(metrics: Metrics, split: str, name: str, factor: float = 1.0) -> Points:
     return [(step, factor * value) for step, value in metrics.get(split, {}).get(name, ())]
+
+
+def _point(
+    ax: Axes, x: float, share: float, ends: tuple[float, float] | None, index: int, label: str
+) -> None:
+    """A model's marker at a share of one, with a bar from the lowest to the highest where there are two ends."""
+    look: dict[str, Any] = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6]}
+    ax.scatter(x, 100 * share, s=110, clip_on=False, zorder=3, label=label, **look)
+    if ends is not None and ends[0] < ends[1]:
+        bar = [[100 * (share - ends[0])], [100 * (ends[1] - share)]]
+        ax.errorbar(x, 100 * share, bar, color=look["color"], capsize=5, elinewidth=1.8, fmt="none")
 
 
 def _share(metrics: Metrics, name: str, title: str, teacher: float | None = None) -> Figure | None:

@@ -96,7 +96,7 @@ def print_retention_table(evaluation: Mapping[str, Any], console: Console | None
 
 def retention_markdown(evaluation: Mapping[str, Any]) -> str:
     """The table of models as a Markdown table."""
-    return _markdown_table(*_retention_cells(evaluation))
+    return markdown_table(*_retention_cells(evaluation))
 
 
 def _retention_cells(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -108,7 +108,7 @@ def _retention_cells(evaluation: Mapping[str, Any]) -> tuple[list[str], list[lis
             row.name,
             human_count(row.parameters),
             human_bytes(row.bytes),
-            _times(row.speed_ratio),
+            human_times(row.speed_ratio),
             human_percent(row.mlm_accuracy),
             human_percent(row.share_kept),
         ]
@@ -240,9 +240,9 @@ def _headline(run: Run) -> str:
         teacher, student = retention_table(run.evaluation)[:2]
         facts = []
         if student.parameters and teacher.parameters:
-            facts.append(f"has {_smaller(student.parameters, teacher.parameters)}")
+            facts.append(f"has {smaller(student.parameters, teacher.parameters)}")
         if student.speed_ratio is not None:
-            facts.append(f"runs at {_times(student.speed_ratio)} the {teacher.name}'s speed")
+            facts.append(f"runs at {human_times(student.speed_ratio)} the {teacher.name}'s speed")
         facts.append(
             f"keeps **{human_percent(student.share_kept)}** of the {teacher.name}'s masked-LM accuracy "
             f"({human_percent(student.mlm_accuracy)} against {human_percent(teacher.mlm_accuracy)})"
@@ -257,7 +257,7 @@ def _headline(run: Run) -> str:
         return f"`{run.source}` was trained by masked language modelling for {_steps(run)} steps{reached}."
     size = ""
     if run.result:
-        size = f", {_smaller(run.result['parameters'], run.result['teacher_parameters'])},"
+        size = f", {smaller(run.result['parameters'], run.result['teacher_parameters'])},"
     return (
         f"A student{size} was distilled from `{run.source}` for {_steps(run)} steps{reached}. "
         "How much of the teacher it keeps is not known yet: `distiljax evaluate` measures it."
@@ -286,8 +286,10 @@ def _evaluation_section(run: Run, directory: Path, prefix: str) -> list[str]:
         f"## Evaluation: {run.label}",
         retention_markdown(run.evaluation),
         _evaluation_note(run.evaluation, rows),
-        _markdown_table(columns, details),
-        *_plot(figure, directory / f"{prefix}quality.png", "### Quality against speed and size", caption),
+        markdown_table(columns, details),
+        *plot_section(
+            figure, directory / f"{prefix}quality.png", "### Quality against speed and size", caption
+        ),
     ]
 
 
@@ -319,7 +321,7 @@ def _run_section(run: Run, directory: Path, prefix: str) -> list[str]:
     sections = [f"## {kind}: {run.label}"]
     if not run.result:
         sections.append(f"This run has not finished; what follows is as of step {run.last_step:,}.")
-    sections.append(_markdown_table(("", ""), _facts(run)))
+    sections.append(markdown_table(("", ""), _facts(run)))
     if not run.metrics:
         return [*sections, "Nothing has been logged yet."]
     metrics, accuracy_caption, teacher = run.metrics, ACCURACY_CAPTION, None
@@ -333,7 +335,7 @@ def _run_section(run: Run, directory: Path, prefix: str) -> list[str]:
         ("optimisation", "Optimisation", OPTIMISATION_CAPTION, plots.optimisation(metrics)),
         ("throughput", "Throughput", THROUGHPUT_CAPTION, plots.throughput(metrics)),
     ):
-        sections += _plot(figure, directory / f"{prefix}{name}.png", f"### {title}", caption)
+        sections += plot_section(figure, directory / f"{prefix}{name}.png", f"### {title}", caption)
     return sections
 
 
@@ -382,7 +384,7 @@ def _comparison_section(runs: Sequence[Run], directory: Path, title: str) -> lis
     figure = plots.comparison([(run.label, run.metrics) for run in runs])
     caption = "The runs on held-out text, step by step; the same batch size is needed for a fair reading."
     name = "compare-distillation" if runs[0].is_distillation else "compare-training"
-    return _plot(figure, directory / f"{name}.png", f"## {title}", caption)
+    return plot_section(figure, directory / f"{name}.png", f"## {title}", caption)
 
 
 # --- small things ---
@@ -403,11 +405,13 @@ def _column(rows: Sequence[RetentionRow], key: str) -> dict[str, float]:
     return {row.name: value for row in rows if (value := getattr(row, key)) is not None}
 
 
-def _times(ratio: float | None) -> str:
+def human_times(ratio: float | None) -> str:
+    """A ratio as a multiple: 1.871 → "1.87 ×"."""
     return MISSING if ratio is None else f"{ratio:.2f} ×"
 
 
-def _smaller(parameters: int, reference: int) -> str:
+def smaller(parameters: int, reference: int) -> str:
+    """A model's size beside the reference's, in words."""
     change = 100 * (1 - parameters / reference)
     difference = f"{abs(change):.0f} % {'smaller' if change >= 0 else 'larger'}"
     return f"{human_count(parameters)} parameters against {human_count(reference)} ({difference})"
@@ -420,14 +424,15 @@ def _steps(run: Run) -> str:
     return f"{run.last_step:,} of {run.config['steps']:,}" if run.config["steps"] else f"{run.last_step:,}"
 
 
-def _plot(figure: Figure | None, path: Path, heading: str, caption: str) -> list[str]:
+def plot_section(figure: Figure | None, path: Path, heading: str, caption: str) -> list[str]:
+    """Saves a figure, and gives the paragraphs that show it in a document one directory above; [] without one."""
     if figure is None:
         return []
     plots.save(figure, path)
     return [heading, f"![{heading.lstrip('# ')}]({path.parent.name}/{path.name})", f"*{caption}*"]
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, the first column left-aligned, the others right-aligned unless the table has two."""
     align = ["---", *("---:" if len(columns) > 2 else "---" for _ in columns[1:])]
     lines = [columns, align, *([cell.replace("|", "\\|") for cell in row] for row in rows)]

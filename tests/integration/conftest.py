@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import distiljax
+from tests import compiling
 
 SEQ_LEN = 32
 SMALL = {
@@ -27,6 +28,13 @@ SMALL = {
     # High enough for a few steps to show, whatever the masks are.
     "optimizer.peak_lr": 3e-3,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_haste():
+    """Whole commands compile for most of their time."""
+    with compiling.in_haste():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +116,13 @@ def flags(corpus):
 @pytest.fixture(scope="session")
 def environment():
     """The environment of a command in a process of its own, on one device."""
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import distiljax
+from distiljax.comparison import summarise
+from distiljax.errors import UserError
+from distiljax.hub import vocabulary_size
+from distiljax.nn import HeadConfig
+from distiljax.tasks.compare import DISTILLED, compare, compare_config, model_paths, plan_fits
+from distiljax.tasks.config import finetune_data_config
+from distiljax.tasks.evaluate_task import evaluate_task, label_order
+from distiljax.train.run import read_json
+from tests import compiling
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_haste():
+    with compiling.in_haste():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tokenizer):
+    """Two small models that were never trained."""
+    paths = {}
+    for seed, name in enumerate(("teacher", "student")):
+        config = distiljax.EncoderConfig(
+            vocab_size=vocabulary_size(tokenizer),
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            intermediate_size=32,
+            max_positions=64,
+            initializer_range=0.2,
+        )
+        module = distiljax.MaskedLM(config)
+        params = jax.device_get(
+            jax.jit(module.init)(jax.random.key(seed), np.zeros((1, 4), np.int32))["params"]
+        )
+        paths[name] = tmp_path_factory.mktemp("models") / name
+        distiljax.save_pretrained(module, params, paths[name], tokenizer=tokenizer)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    """A folder `sst2`: what is "positive" has the word "river"."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "sst2").mkdir()
+    for split, count in (("train", 64), ("validation", 24)):
+        lines = [
+            {"sentence": f"{'the river' if i % 2 else 'an'} {'was with him ' * (i % 5)}", "label": i % 2}
+            for i in range(count)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (root / "sst2" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(models, data_root):
+    config = compare_config()
+    config.models = ",".join(f"{name}={path}" for name, path in models.items())
+    config.tasks, config.seeds = ("sst2",), SEEDS
+    config.task_teacher = "teacher"
+    config.data_root = str(data_root)
+    config.finetune.update({"batch_size": 8, "steps": 12, "dtype": "float32", "log_every": 6})
+    config.finetune.update({f"{place}_dropout": 0.0 for place in ("hidden", "attention", "head")})
+    config.finetune.optimizer.peak_lr = 1e-2
+    config.finetune.data.update({"max_length": 24, "stride": 4, "shapes": 1})
+    config.overrides.sst2 = ConfigDict({"steps": 10})
+    return config
+
+
+@pytest.fixture(scope="module")
+def compared(config, tmp_path_factory):
+    """A finished comparison: its directory and what it gave."""
+    workdir = tmp_path_factory.mktemp("compared")
+    result = compare(config, workdir)
+    assert result.finished
+    return workdir, result.facts
+
+
+def test_every_model_is_fine_tuned_with_every_seed(compared):
+    workdir, _ = compared
+    runs = {path.parent.relative_to(workdir).as_posix() for path in workdir.rglob("result.json")}
+    folders = ("teacher", "student", "student-task-distillation")
+    assert runs == {f"sst2/{folder}/seed-{seed}" for folder in folders for seed in SEEDS}
+    for seed in SEEDS:
+        run = read_json(workdir / f"sst2/student-task-distillation/seed-{seed}/config.json")
+        assert run["seed"] == seed and run["steps"] == 10
+        assert run["teacher"] == str(workdir / f"sst2/teacher/seed-{seed}")
+
+
+def test_the_scores_are_those_of_the_runs(compared):
+    workdir, facts = compared
+    assert [model["name"] for model in facts["models"]] == ["teacher", "student", DISTILLED.format("student")]
+    found = {
+        model["name"]: {
+            "sst2": [read_json(workdir / f"sst2/{folder}/seed-{seed}/result.json")["best"] for seed in SEEDS]
+        }
+        for model, folder in zip(
+            facts["models"], ("teacher", "student", "student-task-distillation"), strict=True
+        )
+    }
+    for name, summary in summarise(facts["tasks"], found).items():
+        (model,) = (model for model in facts["models"] if model["name"] == name)
+        assert {key: model[key] for key in summary} == summary
+    _, params = distiljax.from_pretrained(workdir / "sst2/student/seed-0", head="any")
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert {(model["parameters"], model["bytes"]) for model in facts["models"]} == {(size, 4 * size)}
+    assert all(model["latency_ms"] > 0 and model["tokens_per_second"] > 0 for model in facts["models"])
+    assert facts["speed"]["seq_len"] == 64  # the models have no more positions
+    stored = read_json(workdir / "comparison.json")
+    assert stored["models"] == json.loads(json.dumps(facts["models"]))
+    assert re.search(r"\| student \|.*%", (workdir / "comparison.md").read_text())
+    assert (workdir / "plots" / "quality_speed.png").stat().st_size
+
+
+def test_a_finished_comparison_repeats_no_run_and_a_new_seed_adds_one(compared, config):
+    workdir, facts = compared
+    results = {path: path.stat().st_mtime_ns for path in workdir.rglob("result.json")}
+    more = config.copy_and_resolve_references()
+    more.models, more.task_teacher, more.seeds = (
+        f"teacher={model_paths(config.models)['teacher']}",
+        "",
+        (0, 1, 2),
+    )
+    again = compare(more, workdir).facts
+    assert all(path.stat().st_mtime_ns == time for path, time in results.items())
+    assert {path for path in workdir.rglob("result.json")} - results.keys() == {
+        workdir / "sst2/teacher/seed-2/result.json"
+    }
+    values = [made["models"][0]["scores"]["sst2"]["accuracy"]["values"] for made in (again, facts)]
+    assert values[0][:2] == values[1] and len(values[0]) == 3
+
+
+def test_models_that_are_fine_tuned_get_the_same_scores(compared, data_root, tmp_path):
+    workdir, facts = compared
+    data = finetune_data_config()
+    data.source, data.max_length = str(data_root / "sst2"), 0
+    runs = [workdir / f"sst2/student/seed-{seed}" for seed in SEEDS]
+    exported = tmp_path / "hf"
+    distiljax.export(runs[0], exported)
+    evaluation = evaluate_task("sst2", {"run": runs, "hf": [exported]}, data, speed=False)
+    run, hf = (model["scores"]["sst2"]["accuracy"]["values"] for model in evaluation["models"])
+    assert run == facts["models"][1]["scores"]["sst2"]["accuracy"]["values"]
+    assert hf == run[:1]
+    assert evaluation["tasks"][0]["examples"] == 24 and evaluation["speed"] is None
+
+
+def test_another_split_is_scored_from_the_finished_runs(compared, config, data_root):
+    workdir, _ = compared
+    other = config.copy_and_resolve_references()
+    other.models, other.task_teacher, other.split = (
+        f"student={model_paths(config.models)['student']}",
+        "",
+        "train",
+    )
+    (model,) = compare(other, workdir).facts["models"]
+    data = ConfigDict(config.finetune.data)
+    data.source = str(data_root / "sst2")
+    runs = [workdir / f"sst2/student/seed-{seed}" for seed in SEEDS]
+    (alone,) = evaluate_task("sst2", {"run": runs}, data, split="train", speed=False)["models"]
+    assert model["scores"] == alone["scores"]
+
+
+def test_a_model_of_another_kind_or_without_a_head_is_one_line(compared, models, data_root, tmp_path):
+    workdir, _ = compared
+    run, data = workdir / "sst2/teacher/seed-0", finetune_data_config()
+    data.source = str(data_root / "sst2")
+    with pytest.raises(UserError, match="has no split .test.; it has train, validation"):
+        evaluate_task("sst2", {"run": [run]}, data, split="test", speed=False)
+    with pytest.raises(UserError, match="distiljax finetune") as caught:
+        evaluate_task("sst2", {"student": [models["student"]]}, data, speed=False)
+    assert "\n" not in str(caught.value)
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": "the river", "label": 0.5}\n{"text": "a river", "label": 1.5}\n')
+    data.source, data.validation = str(numbers), str(numbers)
+    with pytest.raises(UserError, match="sequence_classification.*regression"):
+        evaluate_task("regression", {"run": [run]}, data, speed=False)
+    with pytest.raises(UserError, match="at least one"):
+        evaluate_task("sst2", {}, data)
+
+
+def test_labels_in_another_order_are_put_in_the_datas():
+    head = HeadConfig("sequence_classification", ("POSITIVE", "NEGATIVE"))
+    assert label_order(head, ("negative", "positive"), "m") == [1, 0]
+    assert label_order(head, ("positive", "negative"), "m") is None
+    assert label_order(HeadConfig("sequence_classification", ("LABEL_0", "LABEL_1")), ("a", "b"), "m") is None
+    with pytest.raises(UserError, match="m has 2 labels .* the data 3"):
+        label_order(head, ("a", "b", "c"), "m")
+
+
+def test_models_are_named_in_a_text_or_a_mapping():
+    expected = {"teacher": "bert", "student": "runs/a=b"}
+    assert model_paths("teacher=bert, student=runs/a=b") == expected
+    assert model_paths(("teacher=bert", "student=runs/a=b")) == expected
+    assert model_paths(expected) == model_paths(ConfigDict(expected)) == expected
+
+
+@pytest.mark.parametrize("models", ["", "teacher", "teacher=", "a=x,a=y", "../a=x", "a/b=x"])
+def test_models_that_are_not_named_well_are_one_line(models):
+    with pytest.raises(UserError, match="NAME=PATH,NAME=PATH"):
+        model_paths(models)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, "tasks is empty"),
+        ({"tasks": ("sst2,sst2",)}, "each once"),
+        ({"tasks": ("sst3",)}, "task is 'sst3'; expected one of cola"),
+        ({"tasks": ("sst2,rte",)}, "has no folder 'rte'; it has sst2"),
+        ({"seeds": ()}, "seeds is ()"),
+        ({"seeds": (0, 0)}, "each once"),
+        ({"task_teacher": "bert"}, "task_teacher is 'bert'; expected one of teacher, student"),
+        ({"overrides.sst": ConfigDict()}, "overrides has 'sst'; expected a task, such as sst2"),
+        ({"overrides.sst2.step": 3}, "overrides.sst2 has 'step'; expected one of"),
+        ({"overrides.sst2.model": "x"}, "overrides.sst2 has 'model'"),
+        ({"overrides.sst2.epochs": "many"}, "overrides.sst2.epochs is 'many'"),
+        ({"models": "a b=x,a-b=y"}, "the same directory"),
+    ],
+)
+def test_bad_settings_are_one_line_before_any_run(changes, message, data_root, tmp_path):
+    config = compare_config()
+    config.models, config.tasks, config.data_root = "teacher=x,student=y", ("sst2",), str(data_root)
+    config.overrides.sst2 = ConfigDict()
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        node = config
+        for part in path:
+            node = node[part]
+        node[last] = value
+    with pytest.raises(UserError) as caught:
+        plan_fits(config, model_paths(config.models), tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_go_task_by_task_and_seed_by_seed(data_root, tmp_path):
+    config = compare_config()
+    config.tasks, config.seeds, config.task_teacher = ("rte,sst2",), (5, 3), "a"
+    config.finetune.epochs = 2.0
+    config.overrides.rte = ConfigDict({"epochs": 7.0, "optimizer": {"peak_lr": 1e-4}})
+    config.overrides.mrpc = ConfigDict({"epochs": 5.0})  # of a task that is not run
+    fits = plan_fits(config, {"a": "x", "b": "y"}, tmp_path)
+    assert [(fit.task.name, fit.seed, fit.model) for fit in fits[:4]] == [
+        ("rte", 5, "a"),
+        ("rte", 5, "b"),
+        ("rte", 5, "b + task distillation"),
+        ("rte", 3, "a"),
+    ]
+    assert len({fit.path for fit in fits}) == len(fits) == 12
+    assert [fit.config.epochs for fit in fits] == [7.0] * 6 + [2.0] * 6
+    assert {fit.config.optimizer.peak_lr for fit in fits[:6]} == {1e-4}
+    assert [fit.config.teacher for fit in fits[:3]] == ["", "", str(tmp_path / "rte" / "a" / "seed-5")]
+    # The teacher of a run is finished before it begins.
+    done = set()
+    for fit in fits:
+        assert not fit.config.teacher or fit.config.teacher in done
+        done.add(str(fit.path))
