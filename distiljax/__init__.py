@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
     from distiljax.plan import make_plan
     from distiljax.report import write_report
-    from distiljax.tasks.compare import compare, compare_config
-    from distiljax.tasks.config import finetune_config
+    from distiljax.tasks.compare import compare
+    from distiljax.tasks.config import compare_config, finetune_config
     from distiljax.tasks.evaluate import evaluate_models, evaluate_run
     from distiljax.tasks.evaluate_task import evaluate_task
     from distiljax.tasks.export import export
@@ -72,8 +72,8 @@ _MODULES = {
     "distiljax.nn": ("Encoder", "EncoderConfig", "HeadConfig", "MaskedLM", "TaskModel"),
     "distiljax.plan": ("make_plan",),
     "distiljax.report": ("write_report",),
-    "distiljax.tasks.compare": ("compare", "compare_config"),
-    "distiljax.tasks.config": ("finetune_config",),
+    "distiljax.tasks.compare": ("compare",),
+    "distiljax.tasks.config": ("compare_config", "finetune_config"),
     "distiljax.tasks.evaluate": ("evaluate_models", "evaluate_run"),
     "distiljax.tasks.evaluate_task": ("evaluate_task",),
     "distiljax.tasks.export": ("export",),

@@ -580,7 +580,7 @@ COMMANDS = {
         "    --config.tasks=sst2,rte --config.seeds=0,1,2 --config.data_root=data --workdir=runs/compared",
         _workdir,
         _compare,
-        "tasks.compare.compare_config",
+        "tasks.config.compare_config",
         processes=True,
     ),
     "predict": Command(

@@ -73,7 +73,7 @@ def distillation(args: argparse.Namespace, variant: str) -> ConfigDict:
 
 def comparison(args: argparse.Namespace, variants: Sequence[str]) -> ConfigDict:
     """The config of the fine-tunings."""
-    from distiljax.tasks.compare import compare_config
+    from distiljax.tasks.config import compare_config
 
     config = compare_config()
     config.models = {

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from distiljax.comparison import summarise, task_title, write_comparison
 from distiljax.distill.runs import Result
 from distiljax.errors import UserError
-from distiljax.tasks.config import finetune_config
+from distiljax.tasks.config import COMPARED, finetune_config
 from distiljax.tasks.evaluate_task import TaskScores, model_facts
 from distiljax.tasks.finetune import finetune
 from distiljax.tasks.presets import PRESETS, Task, find_task
@@ -27,8 +26,6 @@ from distiljax.train.run import machine
 
 log = logging.getLogger(__name__)
 
-# What the comparison sets in the config of each run.
-_ITS_OWN = ("task", "model", "teacher", "seed")
 DISTILLED = "{} + task distillation"
 
 
@@ -41,35 +38,6 @@ class Fit:
     seed: int
     config: ConfigDict
     path: Path
-
-
-def compare_config() -> ConfigDict:
-    """The config of `distiljax compare` with every key at its default.
-
-    models                              NAME=PATH,NAME=PATH,… (in Python also a mapping): run directories, Hugging Face
-                                        directories or hub names, in the order of the table; the first is the reference
-    tasks                               presets, such as sst2,rte
-    seeds                               each model is fine-tuned on each task once a seed; the paper: medians of 5
-    task_teacher                        the model of these whose fine-tuned runs are teachers of the others on the same
-                                        task and seed, which adds a row "… + task distillation" to each; none by default
-    data_root                           directory with a folder a task, named as the task; the hub by default
-    split                               what is scored: validation, by the runs' own best checkpoint, or another split
-    finetune.*                          settings of all runs, as of `distiljax finetune`
-    overrides.TASK.*                    of these, what is different on a task (in a config file)
-    """
-    config = ConfigDict()
-    config.models = placeholder(object)
-    config.models = ""
-    config.tasks = ()
-    config.seeds = (0, 1, 2, 3, 4)
-    config.task_teacher = ""
-    config.data_root = ""
-    config.split = "validation"
-    config.finetune = finetune_config()
-    for key in _ITS_OWN:
-        del config.finetune[key]
-    config.overrides = ConfigDict()
-    return config
 
 
 def compare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
@@ -241,8 +209,8 @@ def _update(config: ConfigDict, changes: Any, where: str) -> None:
       UserError: a key that it does not know, or a value of another type.
     """
     for key, value in changes.items():
-        if key not in config or (where.startswith("overrides") and key in _ITS_OWN):
-            known = ", ".join(known for known in config if known not in _ITS_OWN)
+        if key not in config or (where.startswith("overrides") and key in COMPARED):
+            known = ", ".join(known for known in config if known not in COMPARED)
             raise UserError(f"{where} has {key!r}; expected one of {known}")
         if isinstance(config[key], ConfigDict):
             _update(config[key], value, f"{where}.{key}")

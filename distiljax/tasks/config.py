@@ -1,13 +1,16 @@
-"""Every setting of `distiljax finetune`, at its default."""
+"""Every setting of `distiljax finetune` and `distiljax compare`, at its default."""
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from distiljax.distill.config import shared_config
 
 # Of the settings that all training commands share, those that are about masked text.
 _NOT_HERE = ("data", "data_dir", "masking")
+# What a comparison sets in the config of each run.
+COMPARED = ("task", "model", "teacher", "seed")
 
 
 def finetune_config() -> ConfigDict:
@@ -101,3 +104,32 @@ def finetune_data_config() -> ConfigDict:
     data.stride = 128
     data.shapes = 4
     return data
+
+
+def compare_config() -> ConfigDict:
+    """The config of `distiljax compare` with every key at its default.
+
+    models                              NAME=PATH,NAME=PATH,… (in Python also a mapping): run directories, Hugging Face
+                                        directories or hub names, in the order of the table; the first is the reference
+    tasks                               presets, such as sst2,rte
+    seeds                               each model is fine-tuned on each task once a seed; the paper: medians of 5
+    task_teacher                        the model of these whose fine-tuned runs are teachers of the others on the same
+                                        task and seed, which adds a row "… + task distillation" to each; none by default
+    data_root                           directory with a folder a task, named as the task; the hub by default
+    split                               what is scored: validation, by the runs' own best checkpoint, or another split
+    finetune.*                          settings of all runs, as of `distiljax finetune`
+    overrides.TASK.*                    of these, what is different on a task (in a config file)
+    """
+    config = ConfigDict()
+    config.models = placeholder(object)
+    config.models = ""
+    config.tasks = ()
+    config.seeds = (0, 1, 2, 3, 4)
+    config.task_teacher = ""
+    config.data_root = ""
+    config.split = "validation"
+    config.finetune = finetune_config()
+    for key in COMPARED:
+        del config.finetune[key]
+    config.overrides = ConfigDict()
+    return config

@@ -1,5 +1,6 @@
 """Every config: it is what its command knows, it says what the recipe says, and one step of it runs."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -7,9 +8,13 @@ import pytest
 
 import distiljax
 from distiljax.cli import main
+from distiljax.comparison import GLUE
+from distiljax.tasks.compare import model_paths, plan_fits
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = [("distill", str(path)) for path in sorted(CONFIGS.glob("*.py"))]
+# Those of other commands have tests below.
+OTHERS = ("finetune.py", "glue.py")
+RUNS = [("distill", str(path)) for path in sorted(CONFIGS.glob("*.py")) if path.name not in OTHERS]
 RUNS.append(("pretrain", f"{CONFIGS / 'quickstart.py'}:teacher"))
 
 
@@ -38,3 +43,32 @@ def test_distilbert_base_is_the_papers_recipe():
     defaults = distiljax.distill_config()
     for key in ("loss", "masking", "optimizer", "student", "batch_size", "epochs"):
         assert config[key] == defaults[key]
+
+
+def test_the_config_of_finetune_runs(teacher, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        rows = "".join(f"the river was {label}\t{label}\n" for label in (0, 1)) * 8
+        (tmp_path / "data" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    small = {
+        "steps": 1,
+        "batch_size": 8,
+        "data.source": tmp_path / "data",
+        "data.max_length": 64,
+        "dtype": "float32",
+    }
+    flags = [f"--config.{key}={value}" for key, value in {**small, "model": teacher}.items()]
+    assert (
+        main(["finetune", f"--config={CONFIGS / 'finetune.py'}", *flags, f"--workdir={tmp_path / 'run'}"])
+        == 0
+    )
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["task"] == "sst2" and result["steps"] == 1
+
+
+def test_glue_is_the_nine_tasks_of_the_paper():
+    config = runpy.run_path(str(CONFIGS / "glue.py"))["get_config"]()
+    assert set(config.tasks) == set(GLUE) and len(config.tasks) == 9
+    fits = plan_fits(config, model_paths(config.models), Path("runs/glue"))
+    assert len(fits) == 9 * 2 * 5 and {fit.config.data.max_length for fit in fits} == {128}
+    assert {fit.config.epochs for fit in fits if fit.task.name == "mrpc"} == {5.0}

@@ -13,8 +13,8 @@ from distiljax.comparison import summarise
 from distiljax.errors import UserError
 from distiljax.hub import vocabulary_size
 from distiljax.nn import HeadConfig
-from distiljax.tasks.compare import DISTILLED, compare, compare_config, model_paths, plan_fits
-from distiljax.tasks.config import finetune_data_config
+from distiljax.tasks.compare import DISTILLED, compare, model_paths, plan_fits
+from distiljax.tasks.config import compare_config, finetune_data_config
 from distiljax.tasks.evaluate_task import evaluate_task, label_order
 from distiljax.train.run import read_json
 from tests import compiling
