@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distiljax.errors import UserError
+from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
 from distiljax.tasks import labels as labelling
-from distiljax.tasks.presets import ANSWER, SEQUENCE, TARGET, TOKEN, Task
+from distiljax.tasks.presets import TARGET, Task
 from distiljax.tasks.sources import Files, Source, is_path, open_source
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def load_task(
         if TARGET[task.kind] in present and _unlabelled(task, read, present):
             _leave_out(part, role, f"has no labels (all of {present[TARGET[task.kind]]!r} are -1 or empty)")
             continue
-        if task.kind == ANSWER:
+        if task.kind == ANSWERS:
             tables[role] = _answer_table(task, read, present, part, training=role == "train")
         else:
             targets = _targets(task, read, present, part)
@@ -105,17 +106,17 @@ def label_names(task: Task, splits: Mapping[str, datasets.Dataset]) -> tuple[str
     Args:
       task, splits: as given to and returned by `load_task`.
     """
-    if task.kind == ANSWER:
+    if task.kind == ANSWERS:
         return ()
     if task.regression:
         return ("score",)
     feature = next(iter(splits.values())).features[TARGET[task.kind]]
-    return tuple((feature.feature if task.kind == TOKEN else feature).names)
+    return tuple((feature.feature if task.kind == TOKENS else feature).names)
 
 
 def _columns(task: Task, data: Any) -> dict[str, str]:
     """Role → column, in the data's names."""
-    allowed = {**task.columns, **({"text_pair": ""} if task.kind == SEQUENCE else {})}
+    allowed = {**task.columns, **({"text_pair": ""} if task.kind == SEQUENCES else {})}
     columns = dict(task.columns)
     for role in ROLES:
         if column := data.get(role, ""):
@@ -199,7 +200,7 @@ def _leave_out(part: _Part, role: str, why: str) -> None:
 
 def _unlabelled(task: Task, read: datasets.Dataset, present: Mapping[str, str]) -> bool:
     column = _column(read, present[TARGET[task.kind]])
-    if task.kind == ANSWER:
+    if task.kind == ANSWERS:
         return column.null_count == len(column)
     return labelling.unlabelled(column)
 
@@ -217,7 +218,7 @@ def _targets(
 ) -> labelling.Targets:
     name = present[TARGET[task.kind]]
     feature = read.features[name]
-    if task.kind == TOKEN:
+    if task.kind == TOKENS:
         feature = getattr(feature, "feature", feature)
         return labelling.of_tokens(_column(read, name), getattr(feature, "names", None), str(part), name)
     return labelling.of_rows(_column(read, name), getattr(feature, "names", None), str(part), name)
@@ -233,7 +234,7 @@ def _class_table(
 ) -> pyarrow.Table:
     import pyarrow
 
-    if task.kind == TOKEN:
+    if task.kind == TOKENS:
         tokens = labelling.lists(_column(read, present["tokens"]), str(part), present["tokens"])
         lengths, tagged = np.diff(tokens.offsets), np.diff(targets.starts)
         if (wrong := np.flatnonzero(lengths != tagged)).size:
@@ -394,8 +395,8 @@ def _dataset(task: Task, table: pyarrow.Table, names: tuple[str, ...]) -> datase
     from datasets.table import InMemoryTable
 
     features = datasets.Features.from_arrow_schema(table.schema)
-    if task.kind == TOKEN:
+    if task.kind == TOKENS:
         features["tags"] = datasets.Sequence(datasets.ClassLabel(names=list(names)))
-    elif task.kind == SEQUENCE and not task.regression:
+    elif task.kind == SEQUENCES and not task.regression:
         features["label"] = datasets.ClassLabel(names=list(names))
     return datasets.Dataset(InMemoryTable(table), info=datasets.DatasetInfo(features=features))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from distiljax.errors import UserError
-from distiljax.tasks.presets import ANSWER, SEQUENCE, TOKEN
+from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
 
 IGNORED = -100  # a label that is not scored
 SHORTEST = 8  # tokens in a row
@@ -105,10 +105,10 @@ class Features:
         }
         if self.labels is None:
             return batch
-        if self.kind == TOKEN:
+        if self.kind == TOKENS:
             batch["labels"] = padded(self.labels[source], IGNORED)
         else:
-            fill = IGNORED if self.kind == SEQUENCE and self.labels.dtype == np.int32 else 0
+            fill = IGNORED if self.kind == SEQUENCES and self.labels.dtype == np.int32 else 0
             labels = np.full((len(row), *self.labels.shape[1:]), fill, self.labels.dtype)
             labels[real] = self.labels[picked]
             batch["labels"] = labels
@@ -146,20 +146,20 @@ def make_features(
     """
     if max_length < SHORTEST:
         raise UserError(f"max_length is {max_length}; expected {SHORTEST} or more")
-    special = 3 if kind == ANSWER else 2
-    if kind != SEQUENCE and not 0 <= stride < max_length - special:
+    special = 3 if kind == ANSWERS else 2
+    if kind != SEQUENCES and not 0 <= stride < max_length - special:
         raise UserError(
             f"stride is {stride}; expected 0 to {max_length - special - 1}, below the {max_length - special} "
             f"tokens of text in a row of {max_length}"
         )
     pieces = _Pieces(tokenizer)
-    if kind == SEQUENCE:
+    if kind == SEQUENCES:
         return _sequences(dataset, pieces, max_length, labelled, regression)
-    if kind == TOKEN:
+    if kind == TOKENS:
         return _words(dataset, pieces, max_length, stride, labelled)
-    if kind == ANSWER:
+    if kind == ANSWERS:
         return _answers(dataset, pieces, max_length, stride, labelled)
-    raise UserError(f"kind is {kind!r}; expected {SEQUENCE}, {TOKEN} or {ANSWER}")
+    raise UserError(f"kind is {kind!r}; expected {SEQUENCES}, {TOKENS} or {ANSWERS}")
 
 
 def choose_lengths(lengths: Sequence[int] | np.ndarray, count: int, multiple: int = 8) -> tuple[int, ...]:
@@ -308,7 +308,7 @@ def _sequences(dataset: Any, pieces: _Pieces, max_length: int, labelled: bool, r
     if labelled:
         labels = np.array(_column(dataset, "label"), np.float32 if regression else np.int32)
     return Features(
-        SEQUENCE,
+        SEQUENCES,
         tokens,
         starts,
         middle.astype(np.int32),
@@ -375,7 +375,7 @@ def _words(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labelled
         labels = np.full(len(tokens), IGNORED, np.int32)
         labels[place] = np.concatenate([np.zeros(0, np.int32), *tags])[spoken]
     return Features(
-        TOKEN,
+        TOKENS,
         tokens,
         starts,
         (sizes + 2).astype(np.int32),
@@ -435,7 +435,7 @@ def _answers(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labell
         _answer_labels(_column(dataset, "answers"), examples, starts, second, offsets) if labelled else None
     )
     return Features(
-        ANSWER,
+        ANSWERS,
         tokens,
         starts,
         second,

@@ -8,19 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from distiljax.errors import UserError
-
-SEQUENCE = "sequence_classification"
-TOKEN = "token_classification"
-ANSWER = "question_answering"
+from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
 
 # The roles that columns have, by kind, and the columns that are taken where none are named.
 COLUMNS: Mapping[str, Mapping[str, str]] = {
-    SEQUENCE: {"text": "text", "label": "label"},
-    TOKEN: {"tokens": "tokens", "tags": "tags"},
-    ANSWER: {"id": "id", "question": "question", "context": "context", "answers": "answers"},
+    SEQUENCES: {"text": "text", "label": "label"},
+    TOKENS: {"tokens": "tokens", "tags": "tags"},
+    ANSWERS: {"id": "id", "question": "question", "context": "context", "answers": "answers"},
 }
 # The role that is predicted.
-TARGET: Mapping[str, str] = {SEQUENCE: "label", TOKEN: "tags", ANSWER: "answers"}
+TARGET: Mapping[str, str] = {SEQUENCES: "label", TOKENS: "tags", ANSWERS: "answers"}
 
 _SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 
@@ -82,7 +79,7 @@ def _glue(name: str, labels: tuple[str, ...], metrics: tuple[str, ...], *texts: 
         "splits": {"train": "train", "validation": "validation"},
         **changes,
     }
-    return Task(name, SEQUENCE, labels=labels, metrics=metrics, **settings)
+    return Task(name, SEQUENCES, labels=labels, metrics=metrics, **settings)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -122,9 +119,9 @@ _TASKS = (
     _glue("wnli", ("not_entailment", "entailment"), ("accuracy",), "sentence1", "sentence2"),
     Task(
         "imdb",
-        SEQUENCE,
+        SEQUENCES,
         source="stanfordnlp/imdb",
-        columns=COLUMNS[SEQUENCE],
+        columns=COLUMNS[SEQUENCES],
         labels=("neg", "pos"),
         metrics=("accuracy",),
         # It has no validation split; papers report the test split.
@@ -132,24 +129,24 @@ _TASKS = (
     ),
     Task(
         "squad",
-        ANSWER,
+        ANSWERS,
         source="rajpurkar/squad",
-        columns=COLUMNS[ANSWER],
+        columns=COLUMNS[ANSWERS],
         metrics=_ANSWER_METRICS,
         splits={"train": "train", "validation": "validation"},
     ),
     Task(
         "squad_v2",
-        ANSWER,
+        ANSWERS,
         source="rajpurkar/squad_v2",
-        columns=COLUMNS[ANSWER],
+        columns=COLUMNS[ANSWERS],
         metrics=_ANSWER_METRICS,
         splits={"train": "train", "validation": "validation"},
         no_answer=True,
     ),
     Task(
         "conll2003",
-        TOKEN,
+        TOKENS,
         # The same data as eriktks/conll2003, which is a script that `datasets` no longer runs.
         source="lhoestq/conll2003",
         columns={"tokens": "tokens", "tags": "ner_tags"},
@@ -158,7 +155,7 @@ _TASKS = (
     ),
     Task(
         "wnut17",
-        TOKEN,
+        TOKENS,
         source="leondz/wnut_17",
         columns={"tokens": "tokens", "tags": "ner_tags"},
         labels=_entities("corporation", "creative-work", "group", "location", "person", "product"),
@@ -171,16 +168,16 @@ PRESETS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _TAS
 # For a user's own data, whose source and columns the config names.
 KINDS: Mapping[str, Task] = MappingProxyType(
     {
-        SEQUENCE: Task(SEQUENCE, SEQUENCE, columns=COLUMNS[SEQUENCE], metrics=("accuracy", "macro_f1")),
+        SEQUENCES: Task(SEQUENCES, SEQUENCES, columns=COLUMNS[SEQUENCES], metrics=("accuracy", "macro_f1")),
         "regression": Task(
             "regression",
-            SEQUENCE,
+            SEQUENCES,
             regression=True,
-            columns=COLUMNS[SEQUENCE],
+            columns=COLUMNS[SEQUENCES],
             labels=("score",),
             metrics=("pearson_spearman", "pearson", "spearman"),
         ),
-        TOKEN: Task(TOKEN, TOKEN, columns=COLUMNS[TOKEN], metrics=(*_ENTITY_METRICS, "accuracy")),
-        ANSWER: Task(ANSWER, ANSWER, columns=COLUMNS[ANSWER], metrics=_ANSWER_METRICS),
+        TOKENS: Task(TOKENS, TOKENS, columns=COLUMNS[TOKENS], metrics=(*_ENTITY_METRICS, "accuracy")),
+        ANSWERS: Task(ANSWERS, ANSWERS, columns=COLUMNS[ANSWERS], metrics=_ANSWER_METRICS),
     }
 )
