@@ -54,6 +54,8 @@ LOSSES = {
     "loss_mlm": "Masked LM, $L_{mlm}$ (nats)",
     "loss_cos": "Cosine, $L_{cos}$",
     "loss_mse": "Logits, $L_{mse}$",
+    "loss_label": "Labels",
+    "loss_soft": "Soft targets of the task's teacher",
 }
 ACCURACY = "Masked tokens named correctly (%)"
 
@@ -95,9 +97,14 @@ def accuracy(metrics: Metrics, teacher: float | None = None) -> Figure | None:
     return _share(metrics, "mlm_accuracy", ACCURACY, teacher)
 
 
+def task_accuracy(metrics: Metrics) -> Figure | None:
+    """How much of a task is right in training and on held-out examples."""
+    return _share(metrics, "accuracy", "Accuracy (%)")
+
+
 def agreement(metrics: Metrics) -> Figure | None:
-    """How often student and teacher name the same word."""
-    return _share(metrics, "teacher_agreement", "Same word as the teacher (%)")
+    """How often student and teacher prefer the same word, or label."""
+    return _share(metrics, "teacher_agreement", "Same choice as the teacher (%)")
 
 
 def optimisation(metrics: Metrics) -> Figure | None:

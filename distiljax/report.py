@@ -140,6 +140,11 @@ class Run:
         return self.config["kind"] == "distill"
 
     @property
+    def is_fine_tuning(self) -> bool:
+        """Whether the run was on a task."""
+        return self.config["kind"] == "finetune"
+
+    @property
     def source(self) -> str:
         """The teacher, or the model that the training began with."""
         return self.config["teacher" if self.is_distillation else "model"]
@@ -151,7 +156,7 @@ class Run:
 
     @cached_property
     def best(self) -> Mapping[str, float]:
-        """The validation with the lowest loss, and its step: that of the exported model. {} if none."""
+        """The best validation, and its step: that of the exported model. {} if none."""
         if self.result:
             return self.result["best"] or self.result["validation"]
         split = {name: dict(points) for name, points in self.metrics.get("validation", {}).items()}
@@ -170,9 +175,10 @@ def read_run(path: str | os.PathLike[str], label: str = "") -> Run:
     """
     path = storage.as_path(path)
     config, result, evaluation = (read_json(path / name) for name in (CONFIG, RESULT, EVALUATION))
-    if not config or config.get("kind") not in ("distill", "pretrain"):
+    if not config or config.get("kind") not in ("distill", "pretrain", "finetune"):
         raise UserError(
-            f"{path} is no run directory (no {CONFIG} of one); give the --workdir of a pretrain or distill run"
+            f"{path} is no run directory (no {CONFIG} of one); give the --workdir of a run of pretrain, distill or "
+            "finetune"
         )
     metrics: dict[str, dict[str, plots.Points]] = {}
     for split, names in read_metrics(path).items():
@@ -228,7 +234,7 @@ def _write(runs: Sequence[Run], out_dir: Path) -> None:
             sections += _run_section(run, directory, prefix)
         if len(distillations) > 1:
             sections += _comparison_section(distillations, directory, "Distillation runs compared")
-        trainings = [run for run in runs if not run.is_distillation]
+        trainings = [run for run in runs if not (run.is_distillation or run.is_fine_tuning)]
         if len(trainings) > 1:
             sections += _comparison_section(trainings, directory, "Masked-LM training runs compared")
     storage.write_text(out_dir / "report.md", "\n\n".join(sections) + "\n")
@@ -249,6 +255,9 @@ def _headline(run: Run) -> str:
         )
         text = ", ".join(facts[:-1]) + " and " * (len(facts) > 1) + facts[-1]
         return f"The student distilled from `{run.source}` {text}."
+    if run.is_fine_tuning:
+        scores = f" and reached {_held_out(run.best)} on held-out examples" if run.best else ""
+        return f"`{run.source}` was fine-tuned on {run.config['task']} for {_steps(run)} steps{scores}."
     accuracy = run.best.get("mlm_accuracy")
     reached = (
         f" and reached {human_percent(accuracy)} masked-LM accuracy on held-out text" if accuracy else ""
@@ -311,13 +320,18 @@ LOSSES_CAPTION = (
     "a scale is logarithmic where the loss falls more than tenfold."
 )
 ACCURACY_CAPTION = "Share of masked tokens that the model names, in training and on held-out text."
-AGREEMENT_CAPTION = "How often the student's most likely word at a masked position is also the teacher's."
+TASK_ACCURACY_CAPTION = (
+    "Share of examples (words, spans) that are right, in training and on held-out examples."
+)
+AGREEMENT_CAPTION = "How often the student's first choice (of a word, of a label) is also the teacher's."
 OPTIMISATION_CAPTION = "The learning-rate schedule and the norm of the gradient before clipping."
 THROUGHPUT_CAPTION = "Tokens a second over the run and the share of each step spent waiting for data."
 
 
 def _run_section(run: Run, directory: Path, prefix: str) -> list[str]:
-    kind = "Distillation" if run.is_distillation else "Masked-LM training"
+    kind = {"distill": "Distillation", "pretrain": "Masked-LM training", "finetune": "Fine-tuning"}[
+        run.config["kind"]
+    ]
     sections = [f"## {kind}: {run.label}"]
     if not run.result:
         sections.append(f"This run has not finished; what follows is as of step {run.last_step:,}.")
@@ -331,6 +345,7 @@ def _run_section(run: Run, directory: Path, prefix: str) -> list[str]:
     for name, title, caption, figure in (
         ("losses", "Losses", LOSSES_CAPTION, plots.losses(metrics)),
         ("accuracy", "Masked-LM accuracy", accuracy_caption, plots.accuracy(metrics, teacher)),
+        ("task-accuracy", "Accuracy", TASK_ACCURACY_CAPTION, plots.task_accuracy(metrics)),
         ("agreement", "Agreement with the teacher", AGREEMENT_CAPTION, plots.agreement(metrics)),
         ("optimisation", "Optimisation", OPTIMISATION_CAPTION, plots.optimisation(metrics)),
         ("throughput", "Throughput", THROUGHPUT_CAPTION, plots.throughput(metrics)),
@@ -342,14 +357,17 @@ def _run_section(run: Run, directory: Path, prefix: str) -> list[str]:
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What the run was, from its config and its result, as far as there is one."""
     config, result = run.config, run.result
-    source = config["data"]["source"]
-    facts = [
-        ("Teacher" if run.is_distillation else "Started from", f"`{run.source}`"),
-        ("Text", f"`{source if isinstance(source, str) else ', '.join(source)}`"),
-        ("Sequence length", f"{config['data']['seq_len']:,}"),
-        ("Rows a step", f"{config['batch_size']:,}"),
-        ("Optimiser steps", _steps(run)),
-    ]
+    data = config["data"]
+    source = data["source"]
+    facts = [("Teacher" if run.is_distillation else "Started from", f"`{run.source}`")]
+    if run.is_fine_tuning:
+        facts += [("Task", config["task"]), ("Data", f"`{source}`" if source else "the preset's")]
+        facts += [("Teacher", f"`{config['teacher']}`")] if config["teacher"] else []
+        facts += [("Longest row", f"{data['max_length']:,} tokens")]
+    else:
+        facts += [("Text", f"`{source if isinstance(source, str) else ', '.join(source)}`")]
+        facts += [("Sequence length", f"{data['seq_len']:,}")]
+    facts += [("Rows a step", f"{config['batch_size']:,}"), ("Optimiser steps", _steps(run))]
     if run.best:
         facts.append((f"On held-out text, best step ({run.best['step']:,})", _held_out(run.best)))
     if result:
@@ -357,8 +375,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if run.is_distillation:
             parameters += f" (teacher {human_count(result['teacher_parameters'])})"
         speed = [value for _, value in run.metrics.get("train", {}).get("tokens_per_second", ())]
+        if result["start"]:
+            facts.append(("On held-out text, before the first step", _held_out(result["start"])))
         facts += [
-            ("On held-out text, before the first step", _held_out(result["start"])),
             ("Parameters", parameters),
             ("Tokens", human_count(result["tokens"])),
             ("Wall time", human_seconds(result["seconds"])),
@@ -377,7 +396,14 @@ def _held_out(metrics: Mapping[str, float]) -> str:
         ("teacher_agreement", "agreement with the teacher", human_percent),
         ("loss", "loss", human_number),
     )
-    return ", ".join(f"{name} {show(metrics[key])}" for key, name, show in shown if key in metrics)
+    told = {key: f"{name} {show(metrics[key])}" for key, name, show in shown if key in metrics}
+    # What else there is are the metrics of a task.
+    scores = [
+        f"{name.replace('_', ' ')} {human_percent(value)}"
+        for name, value in metrics.items()
+        if name not in told and name != "step" and not name.startswith("loss")
+    ]
+    return ", ".join([*scores, *told.values()])
 
 
 def _comparison_section(runs: Sequence[Run], directory: Path, title: str) -> list[str]:

@@ -271,7 +271,7 @@ def fit(
       frozen: what the objective needs besides, on the devices.
       parallel: the devices.
       total_steps: optimiser steps.
-      **data: `batches`, `whole_batch`, `evaluate` and perhaps `rank` of `run_loop`.
+      **data: `batches`, `whole_batch`, `evaluate` and perhaps `rank` and `validate_start` of `run_loop`.
     """
     fixed = {POSITION_TABLE} if encoder.position_kind == "sinusoidal" else set()
     optimizer, learning_rate = make_optimizer(config.optimizer, total_steps, fixed)

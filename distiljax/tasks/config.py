@@ -40,7 +40,8 @@ def finetune_config() -> ConfigDict:
     loss.temperature                    T of the soft targets
     hidden_dropout, attention_dropout   drop rates while training; -1 = the model's own
     head_dropout                        drop rate before the last layer; -1 = the architecture's own
-    eval.every, batch_size              steps between validations (0 = only at the end), rows at once
+    eval.every, batch_size              steps between validations (0 = only at the end; else also at the start, and
+                                        the best parameters count), rows at once
     """
     config = ConfigDict()
     config.task = "sst2"

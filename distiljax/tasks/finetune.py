@@ -149,6 +149,7 @@ def _finetune(config: ConfigDict, task: Task, path: Path) -> Result:
         whole_batch=loader.whole_batch,
         evaluate=evaluate,
         rank=lambda metrics: -metrics[task.metrics[0]],
+        validate_start=bool(config.eval.every),
     )
     facts = run_facts("finetune", outcome, params, networks.teacher_params)
     facts |= {"task": task.name, "metric": task.metrics[0], "examples": len(splits["train"])}

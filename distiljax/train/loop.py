@@ -84,6 +84,7 @@ def run_loop(
     whole_batch: Callable[[int], dict[str, np.ndarray]],
     evaluate: Callable[[Any], dict[str, float]],
     rank: Callable[[dict[str, Any]], float] = lambda metrics: metrics["loss"],
+    validate_start: bool = True,
 ) -> Outcome:
     """Train to the end of the schedule, or go on from the newest checkpoint of `workdir`.
 
@@ -101,6 +102,7 @@ def run_loop(
       whole_batch: all processes' rows of the batch of a step, and their numbers under `rows`, to report a bad one.
       evaluate: metrics of (replicated) parameters on held-out rows, `loss` among them.
       rank: of such metrics, a number that is lowest for the best parameters.
+      validate_start: also before the first step.
 
     Raises:
       Failed: the loss stays not finite, or the end cannot be saved; the checkpoints of before are kept.
@@ -157,7 +159,7 @@ def run_loop(
         left = outcome.step < schedule.total_steps
         source = stack.enter_context(Prefetch(batches(outcome.step) if left else (), parallel.shard))
         # The second is a run that could not save its best parameters at the end.
-        if outcome.step == 0 or not (left or outcome.best):
+        if (outcome.step == 0 and validate_start) or not (left or outcome.best):
             validate()
         window = _Window(parallel)
         nonfinite = NonFinite(workdir, schedule.max_nonfinite, whole_batch, main)

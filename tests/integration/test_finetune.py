@@ -14,6 +14,7 @@ from flax import traverse_util
 
 import distiljax
 from distiljax.cli import main
+from tests.integration.processes import finish_processes, start_processes
 
 QUICK = {
     "batch_size": 16,
@@ -26,6 +27,7 @@ QUICK = {
     "data.stride": 8,
     "data.shapes": 1,
     "eval.batch_size": 64,
+    "eval.every": 100,  # at the start and at the end
 }
 
 
@@ -114,6 +116,15 @@ def test_a_classifier_learns_and_is_handed_over(classified, tmp_path, capsys):
     assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_report_of_a_fine_tuning(classified, tmp_path, capsys):
+    path, result = classified
+    assert main(["report", f"--workdir={path}", f"--out={tmp_path / 'report'}"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"accuracy {100 * result['best']['accuracy']:.1f} %" in text and "Fine-tuning" in text
+    assert (tmp_path / "report" / "plots" / "task-accuracy.png").stat().st_size > 1000
+    assert "Masked" not in text
+
+
 def test_a_finished_run_is_left_as_it_is(classified, finetune, columns):
     path, result = classified
     before = (path / "result.json").stat().st_mtime_ns
@@ -167,6 +178,19 @@ def test_a_teacher_of_the_task_is_learnt_from(classified, finetune, columns, tmp
     assert all(
         {"loss_soft", "loss_label", "teacher_agreement"} <= r.keys() for r in log if r["split"] == "train"
     )
+
+
+def test_two_processes_make_the_run_of_one(classified, finetune, columns, teacher, tmp_path):
+    settings = {**QUICK, **{key.replace("__", "."): value for key, value in columns.items()}, "steps": 4}
+    settings |= {"task": "sequence_classification", "model": teacher, "teacher": classified[0]}
+    command = ["finetune", *(f"--config.{key}={value}" for key, value in settings.items())]
+    ends = finish_processes(start_processes([*command, f"--workdir={tmp_path / 'two'}"], 2))
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert main([*command, f"--workdir={tmp_path / 'one'}"]) == 0
+    assert_close(parameters(tmp_path / "two"), parameters(tmp_path / "one"), 1e-5)
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert two["best"]["accuracy"] == one["best"]["accuracy"]
+    assert two["best"]["loss"] == pytest.approx(one["best"]["loss"], rel=1e-4)
 
 
 def test_pairs_and_numbers(finetune, words, tmp_path):
