@@ -8,8 +8,9 @@ Time:     not measured yet. MNLI and QQP are four fifths of GLUE's training exam
 Result:   the paper's: BERT-base 79.5, DistilBERT 77.0 on average, 97 % of it. The command prints its own rows below
           these and leaves comparison.md, with plots, in the run directory.
 
-The hyperparameters are those of transformers' GLUE example: three epochs of 32 sentences a step, 2e-5, 128 tokens; the
-two smallest tasks get five. The data are on the Hugging Face hub; --config.data_root=DIR reads DIR/cola, DIR/mnli, ….
+The hyperparameters are those of transformers' GLUE example: three epochs of 32 sentences a step, 2e-5, 128 tokens; MRPC
+and WNLI get five epochs, as there. The data are on the Hugging Face hub; --config.data_root=DIR reads DIR/cola,
+DIR/mnli, ….
 """
 
 from ml_collections import ConfigDict

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: BaseException) -> tuple[int | None, str]:
     """The exit status and the line that an error ends with; no status for a defect, which is worth a traceback."""
     if isinstance(error, UserError):
-        return 2, f"distiljax: error: {error}"
+        return 2, f"distiljax: error: {_one_line(error)}"
     if isinstance(error, Failed):
         return 1, f"distiljax: failed: {error}"
     if isinstance(error, Stopped):
@@ -219,7 +219,7 @@ def _define_config(
         config_flags.DEFINE_config_dict(
             "config", config, flag_values=values, sys_argv=[f"distiljax {name}", *arguments]
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"config {path or ''}: {_one_line(error)}; see `distiljax {name} --help`") from error
     return arguments
 

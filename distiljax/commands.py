@@ -80,7 +80,7 @@ def _train(kind: str) -> Callable[[Flags, list[str]], int]:
 def _quality(facts: dict[str, Any], best: dict[str, Any]) -> str:
     if "metric" not in facts:
         return f"masked-LM accuracy {100 * best['mlm_accuracy']:.1f} %"
-    others = best.keys() - {"loss", "step", facts["metric"]}
+    others = {name for name in best if not name.startswith("loss")} - {"step", facts["metric"]}
     return ", ".join(f"{name} {100 * best[name]:.1f} %" for name in (facts["metric"], *sorted(others)))
 
 
@@ -249,7 +249,8 @@ def _define_evaluate(values: Flags) -> None:
     flags.DEFINE_string(
         "source",
         "",
-        "with --task: the data, as config.data.source; the preset's by default",
+        "with --task: other data than that of the fine-tuning, as config.data.source; files whose names say no split "
+        "are scored whole",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
@@ -258,7 +259,12 @@ def _define_evaluate(values: Flags) -> None:
         "with --task: ROLE=COLUMN, such as text=review, repeated; as config.data.ROLE",
         flag_values=values,
     )
-    flags.DEFINE_string("split", "validation", "with --task: which split is scored", flag_values=values)
+    flags.DEFINE_string(
+        "split",
+        "validation",
+        "with --task: which split is scored, or a file; a share that the fine-tuning held out is the same one here",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "max_length", 0, "with --task: tokens in a row; 0 = as each model was fine-tuned", flag_values=values
     )
@@ -320,38 +326,38 @@ def _evaluate_task(values: Flags) -> int:
         if values[name].value:
             raise UserError(f"--{name}={values[name].value} is not for --task; leave it out")
     import distiljax
+    from distiljax.tasks.datasets import ROLES
+    from distiljax.tasks.evaluate_task import data_settings
+    from distiljax.tasks.presets import find_task
 
-    data = distiljax.finetune_config().data
-    data.source, data.max_length = values.source, values.max_length
-    # The split to score may be a file or a split of the source that no preset names.
+    columns = {}
     for column in values.column:
         role, _, name = column.partition("=")
-        if not name or role not in (
-            "text",
-            "text_pair",
-            "label",
-            "tokens",
-            "tags",
-            "id",
-            "question",
-            "context",
-            "answers",
-        ):
+        if not name or role not in ROLES:
             raise UserError(f"--column={column}; expected ROLE=COLUMN, such as text=review or label=stars")
-        data[role] = name
+        columns[role] = name
     models = _named_models(specs, once=False)
+    data = data_settings(
+        find_task(values.task),
+        models,
+        source=values.source,
+        split=values.split,
+        columns=columns,
+        max_length=values.max_length,
+    )
     evaluation = distiljax.evaluate_task(values.task, models, data, split=values.split, dtype=values.dtype)
     from distiljax.comparison import print_comparison, write_comparison
     from distiljax.train import distributed
 
     if not distributed.first():
         return 0
-    if values.out:
-        write_comparison(evaluation, values.out)
+    # What was measured is shown, even where it cannot be written.
     if values.json:
         print(json.dumps(evaluation, indent=2))
     else:
         print_comparison(evaluation)
+    if values.out:
+        write_comparison(evaluation, values.out)
     return 0
 
 
@@ -398,7 +404,8 @@ def _define_predict(values: Flags) -> None:
     flags.DEFINE_float(
         "no_answer",
         None,
-        "question answering: none where its logit is this much above the best answer's, as 0; not given = always one",
+        "question answering: none where its logit is this much above the best answer's, inf = always one; not given = "
+        "0 for a run whose task has questions without an answer (squad_v2), else inf",
         flag_values=values,
     )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype", flag_values=values)
@@ -417,9 +424,17 @@ def _predict(values: Flags, rest: list[str]) -> int:
     import distiljax
     from distiljax.hub.pretrained import head_kind
     from distiljax.tasks.predict import predict
+    from distiljax.tasks.presets import PRESETS
+    from distiljax.train import storage
+    from distiljax.train.run import MODEL, read_json
 
     module, params = distiljax.from_pretrained(model, inputs.needed_head(defaults), jnp.dtype(values.dtype))
     kind = head_kind(module) or ""
+    no_answer = values.no_answer
+    if no_answer is None:
+        # A run says what it was fine-tuned on; other directories have no such file.
+        task = PRESETS.get(str((read_json(storage.as_path(model) / MODEL) or {}).get("task")))
+        no_answer = 0.0 if task is not None and task.no_answer else None
     results = predict(
         module,
         params,
@@ -428,7 +443,7 @@ def _predict(values: Flags, rest: list[str]) -> int:
         batch_size=values.batch_size,
         top_k=values.top_k,
         max_length=values.max_length,
-        no_answer=values.no_answer,
+        no_answer=no_answer,
     )
     show.print_results(results, as_json=values.json, file=values.file, bar=not rest)
     return 0
@@ -439,7 +454,9 @@ def _define_export(values: Flags) -> None:
         "workdir", None, "the run directory of a pretrain, distill or finetune run", flag_values=values
     )
     flags.DEFINE_string("out", None, "the Hugging Face directory to write", flag_values=values)
-    flags.DEFINE_string("checkpoint", "best", "best (lowest held-out loss) or last", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", "best", "best (by held-out loss, of a task by its metric) or last", flag_values=values
+    )
     flags.DEFINE_bool("overwrite", False, "replace what stands at --out", flag_values=values)
 
 

@@ -8,6 +8,8 @@ import platform
 import sys
 from pathlib import Path
 
+MAX_BYTES = 8 << 30  # what was not used for longest goes first
+
 
 def keep_programs() -> None:
     """Let JAX keep what it compiles in $DISTILJAX_CACHE or ~/.cache/distiljax; to be called before anything is.
@@ -19,10 +21,13 @@ def keep_programs() -> None:
     cache = os.environ.get("DISTILJAX_CACHE") or os.path.expanduser("~/.cache/distiljax")
     # Programs for CPUs use what this very CPU can do, and home directories are shared.
     kind = hashlib.sha256(f"{platform.machine()} {_features()}".encode()).hexdigest()[:12]
-    place = os.path.join(os.path.abspath(cache), "programs", kind)
+    place = os.path.join(os.path.abspath(cache), "programs-2", kind)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = place  # JAX looks when it is imported
+    limit = int(os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAX_BYTES)))
     if "jax" in sys.modules:
-        sys.modules["jax"].config.update("jax_compilation_cache_dir", place)
+        config = sys.modules["jax"].config
+        config.update("jax_compilation_cache_dir", place)
+        config.update("jax_compilation_cache_max_size", limit)
 
 
 def _features() -> str:

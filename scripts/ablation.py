@@ -248,12 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import distiljax
     from distiljax import plots
     from distiljax.cli import set_up_logging
+    from distiljax.programs import keep_programs
     from distiljax.tasks.compare import compare, model_paths, plan_fits
     from distiljax.train import storage
     from distiljax.train.progress import stage
     from distiljax.train.run import write_json
 
     set_up_logging()
+    keep_programs()
     out = Path(args.out)
     fine_tunings = comparison(args, args.variants)
     plan_fits(
@@ -290,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def stopped() -> int:
     print("stopped; the same command goes on from here", file=sys.stderr)
-    return 130
+    return 0
 
 
 if __name__ == "__main__":

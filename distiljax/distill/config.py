@@ -13,7 +13,7 @@ from distiljax.errors import UserError
 
 _AT_LEAST = {
     0: (
-        *("seed", "steps", "micro_batch_size", "log_every", "checkpoint.every"),
+        *("seed", "data.seed", "steps", "micro_batch_size", "log_every", "checkpoint.every"),
         *("eval.every", "eval.rows", "eval.batch_size", "eval.smoothing", "masking.smoothing"),
         *("optimizer.weight_decay", "optimizer.clip_norm"),
     ),

@@ -156,7 +156,8 @@ def finished(path: Path) -> Result | None:
     facts = distributed.from_first(lambda: read_json(path / RESULT))
     if facts is None:
         return None
-    if not {"steps", "best", "validation"} <= facts.keys():
+    scored = facts.get("best") or facts.get("validation")
+    if "steps" not in facts or not isinstance(scored, dict) or "loss" not in scored:
         raise UserError(f"{path / RESULT} is damaged; delete it, and the same command writes it again")
     log.info("%s holds a finished run of this config; nothing to do", path)
     return Result(path, True, facts)
@@ -276,8 +277,9 @@ def fit(
     fixed = {POSITION_TABLE} if encoder.position_kind == "sinusoidal" else set()
     optimizer, learning_rate = make_optimizer(config.optimizer, total_steps, fixed)
     micro_batches = count_micro_batches(config, parallel.devices)
+    frozen = {**frozen, "seed": parallel.replicate(np.uint32(config.seed))}
     step = parallel.wrap(
-        make_train_step(objective, optimizer, learning_rate, seed=config.seed, micro_batches=micro_batches),
+        make_train_step(objective, optimizer, learning_rate, micro_batches=micro_batches),
         donate=True,
     )
     return run_loop(

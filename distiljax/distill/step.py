@@ -198,7 +198,7 @@ def distillation_terms(
     return terms
 
 
-def example_keys(seed: int, step: Array, first: Array, count: int) -> Array:
+def example_keys(seed: int | Array, step: Array, first: Array, count: int) -> Array:
     """One PRNG key a row, a function of (seed, step, the row's index in the global batch) and nothing else."""
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(count))
@@ -215,14 +215,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    seed: int,
     micro_batches: int,
 ) -> Callable[[TrainState, Params, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The step of one optimiser update, for `Parallel.wrap`.
 
-    `step(state, frozen, batch) -> (state, metrics)`: `frozen` is what the objective needs and no step changes; `batch`
-    holds this device's rows, arrays [b, …], where b divides by `micro_batches`; metrics are float32 scalars over the
-    global batch.
+    `step(state, frozen, batch) -> (state, metrics)`: `frozen` is what no step changes: what the objective needs, and
+    under `seed` that of all draws (uint32; a seed in the program would make another program of it); `batch` holds this
+    device's rows, arrays [b, …], where b divides by `micro_batches`; metrics are float32 scalars over the global batch.
     """
     weights = objective.weighted()
 
@@ -230,7 +229,7 @@ def make_train_step(
         state: TrainState, frozen: Params, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
         b = batch["input_ids"].shape[0]
-        keys = example_keys(seed, state.step, lax.axis_index(AXIS) * b, b)
+        keys = example_keys(frozen["seed"], state.step, lax.axis_index(AXIS) * b, b)
         row_keys, dropout_keys = split_keys(keys)
         rows = objective.rows(row_keys, frozen, batch)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def resolve(name_or_dir: str | os.PathLike[str], *, weights: bool = True) -> Pat
     path = _snapshot(text, (*wanted, *_SAFETENSORS_FILES))
     # Hub repositories often hold the same weights in both formats.
     return path if _has(path, SAFETENSORS) else _snapshot(text, (*wanted, *_TORCH_FILES))
+
+
+def foreign(names: Iterable[str]) -> str | None:
+    """The first name in a model's directory, in their order, that is no file of a model's; None if all are."""
+    known = (
+        CONFIG,
+        CARD,
+        *TOKENIZER_FILES,
+        *_SAFETENSORS_FILES,
+        *_TORCH_FILES,
+        "*.onnx",
+        "*_config.json",
+        ".git*",
+    )
+    for name in sorted(names):
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in known):
+            return name
+    return None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def head_from_hf(hf_config: Mapping[str, Any], kind: str, weights: Mapping[str, 
     Raises:
       ValueError: labels that do not fit.
     """
+    if hf_config.get("problem_type") == "multi_label_classification":
+        raise ValueError("problem_type is multi_label_classification; expected one label a text")
     if kind == ANSWERS:
         return HeadConfig(kind, dropout=_rate(hf_config.get("qa_dropout")))
     # DistilBERT drops before its classifier of tokens at the encoder's rate.

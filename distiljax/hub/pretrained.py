@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from distiljax.hub.heads import (
 from distiljax.hub.tokenizer import check_vocabulary, save_tokenizer
 from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
 from distiljax.nn.heads import KINDS
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 Model = MaskedLM | TaskModel | Encoder
@@ -119,10 +122,10 @@ def with_head(
     kind = head_kind(module)
     if head is None:
         return Encoder(module.config, module.dtype), params["encoder"]
-    if head in ("any", kind) or (
-        isinstance(module, TaskModel) and isinstance(head, HeadConfig) and fits(module.head, head)
-    ):
+    if head in ("any", kind):
         return module, params
+    if isinstance(module, TaskModel) and isinstance(head, HeadConfig) and fits(module.head, head):
+        return module.clone(head=head), params  # with the drop rate that is wanted
     wanted = head.kind if isinstance(head, HeadConfig) else head
     if not init_head or head in KINDS:  # the name of a kind does not say what labels a fresh one has
         raise missing(where, wanted, kind)
@@ -183,8 +186,11 @@ def _module(
         try:
             own = head_from_hf(hf_config, kind, weights)
         except ValueError as error:
-            raise UserError(f"{where}: {files.CONFIG}: {error}") from error
+            if isinstance(head, str):
+                raise UserError(f"{where}: {files.CONFIG}: {error}") from error
     kept = own is not None and (isinstance(head, str) or fits(own, head))
+    if own is not None and not kept:
+        log.warning("%s has another head of this kind (%s); a fresh one takes its place", where, own.labels)
     wanted = head if isinstance(head, HeadConfig) else own
     if wanted is None:
         raise missing(where, kind, stored)
@@ -310,6 +316,10 @@ def _write_directory(directory: Path, write: Callable[[Path], None], overwrite: 
     if occupied and not (target / files.CONFIG).is_file():
         raise UserError(
             f"{directory} holds something else than a model (no {files.CONFIG}); give another directory"
+        )
+    if occupied and (foreign := files.foreign(entry.name for entry in target.iterdir())):
+        raise UserError(
+            f"{directory} holds {foreign!r} beside a model, which an export would destroy; give another directory"
         )
     new, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:

@@ -63,7 +63,9 @@ def task_card(facts: Mapping[str, Any]) -> str:
 
 def _results(result: Mapping[str, Any]) -> Iterator[str]:
     best = result.get("best") or {}
-    metrics = [(name, value) for name, value in best.items() if name not in ("step", "loss")]
+    metrics = [
+        (name, value) for name, value in best.items() if name != "step" and not name.startswith("loss")
+    ]
     if metrics:
         rows = [(name.replace("_", " "), f"{100 * value:.1f} %") for name, value in sorted(metrics)]
         yield "## Evaluation\n\nOn the validation split.\n\n" + table(("metric", "value"), rows)

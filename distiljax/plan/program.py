@@ -112,7 +112,6 @@ class Program:
             Distillation(self.models, self.recipe, self.masking),
             self.optimizer,
             self.schedule,
-            seed=0,
             micro_batches=self.batch_size // parallel.devices // micro_batch_size,
         )
         whole, split = NamedSharding(parallel.mesh, P()), NamedSharding(parallel.mesh, P(AXIS))
@@ -125,7 +124,8 @@ class Program:
         rows = jax.ShapeDtypeStruct((self.batch_size, self.seq_len), jnp.int32)
         batch = dict.fromkeys(("input_ids", "segment_ids", "positions"), rows)
         state = jax.eval_shape(lambda params: TrainState.create(params, self.optimizer), self.params)
-        frozen = {"teacher": teacher, "masking_weights": placed(weights)}
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        frozen = {"teacher": teacher, "masking_weights": placed(weights), "seed": placed(seed)}
         return parallel.wrap(step, donate=True).lower(placed(state), frozen, placed(batch, split))  # type: ignore[attr-defined]
 
 

@@ -20,6 +20,7 @@ from distiljax.tasks.evaluate_task import TaskScores, model_facts
 from distiljax.tasks.finetune import finetune
 from distiljax.tasks.presets import PRESETS, Task, find_task
 from distiljax.train import distributed, storage
+from distiljax.train.checkpoint import LAST, checkpoint_step
 from distiljax.train.load import load_tokenizer
 from distiljax.train.progress import stage
 from distiljax.train.run import machine
@@ -44,8 +45,9 @@ def compare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     """Fine-tune models on tasks with several seeds, and say what they keep of the first one.
 
     Each fine-tuning is a run directory of its own, `WORKDIR/TASK/MODEL/seed-N`. Those that are finished are not
-    repeated, so the same call goes on where it was stopped, and one with more tasks, models or seeds adds to it. At
-    the end comparison.json, comparison.md and its plots are in `workdir`.
+    repeated, so the same call goes on where it was stopped, and one with more tasks, models or seeds adds to it. Of a
+    finished run only the best parameters are kept, not the state to go on from. At the end comparison.json,
+    comparison.md and its plots are in `workdir`.
 
     Args:
       config: see `compare_config`.
@@ -61,7 +63,11 @@ def compare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     path = storage.as_path(workdir)
     fits = plan_fits(config, models, path)
     for model in models.values():
-        load_tokenizer(model)  # a name that is wrong shows now, not after the first models' runs
+        load_tokenizer(model)  # what is wrong shows now, not after the first models' runs
+    other: dict[str, TaskScores] = {}
+    if config.split != "validation":
+        for fit in {fit.task.name: fit for fit in fits}.values():
+            other[fit.task.name] = TaskScores(fit.task, fit.config.data, config.split, config.finetune.dtype)
     found: dict[str, dict[str, list[Mapping[str, float]]]] = {}
     for number, fit in enumerate(fits, 1):
         if distributed.first():
@@ -69,19 +75,27 @@ def compare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
         result = finetune(fit.config, fit.path)
         if not result.finished:
             return Result(path, False, {})
+        _remove_state(fit.path)
         metrics = result.facts["best"] or result.facts["validation"]
         found.setdefault(fit.model, {}).setdefault(fit.task.name, []).append(metrics)
-    if config.split != "validation":
-        found = _scored(fits, config.split, config.finetune.dtype)
+    if other:
+        found = _scored(fits, other)
     comparison = _comparison(config, models, fits, found)
     if distributed.first():
         log.info("wrote %s", write_comparison(comparison, workdir))
     return Result(path, True, comparison)
 
 
-def _scored(fits: Sequence[Fit], split: str, dtype: str) -> dict[str, dict[str, list[Mapping[str, float]]]]:
+def _remove_state(run: Path) -> None:
+    """Remove what a run could go on from: parameters and Adam's moments, which a finished one no longer needs."""
+    if distributed.first() and checkpoint_step(run) is not None:
+        storage.remove_tree(run / LAST)
+
+
+def _scored(
+    fits: Sequence[Fit], scores: Mapping[str, TaskScores]
+) -> dict[str, dict[str, list[Mapping[str, float]]]]:
     """The metrics on another split than the one that the runs were validated on: model → task → by seed."""
-    scores = {fit.task.name: TaskScores(fit.task, fit.config.data, split, dtype) for fit in fits}
     found: dict[str, dict[str, list[Mapping[str, float]]]] = {}
     for fit in fits:
         metrics = scores[fit.task.name](fit.path)

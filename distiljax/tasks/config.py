@@ -34,7 +34,7 @@ def finetune_config() -> ConfigDict:
     data.max_train_examples, max_eval_examples    draw so many of the examples; 0 = all
     data.seed                           of these draws
     data.max_length                     tokens in a row; longer texts are cut, or (answers, tokens) read by windows
-    data.stride                         tokens that a window shares with the one before it
+    data.stride                         tokens that a window shares with the one before it; -1 = a third of max_length
     data.shapes                         how many different lengths batches come in; chosen to waste the least padding
     loss.label, soft                    weights of the labels' loss and of the teacher's soft targets
     loss.temperature                    T of the soft targets
@@ -102,7 +102,7 @@ def finetune_data_config() -> ConfigDict:
     data.max_eval_examples = 0
     data.seed = 0
     data.max_length = 384
-    data.stride = 128
+    data.stride = -1
     data.shapes = 4
     return data
 

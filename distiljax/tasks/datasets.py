@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distiljax.data.sources.base import first_line
 from distiljax.errors import UserError
 from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
 from distiljax.tasks import labels as labelling
@@ -45,6 +46,7 @@ def load_task(
     task: Task,
     data: ConfigDict | Mapping[str, Any],
     *,
+    splits: Sequence[str] | None = None,
     required: Sequence[str] = ("train", "validation"),
 ) -> dict[str, datasets.Dataset]:
     """Load the splits of a task, checked, with the roles as names of the columns.
@@ -56,6 +58,7 @@ def load_task(
         by their roles, such as `text`. "" leaves each of these to the preset. `holdout`: share of the training split
         that becomes the validation split where there is none. `max_train_examples`, `max_eval_examples`: a random
         sample of so many, 0 = all. `seed`: of both draws.
+      splits: which are read, if they are there, and must be usable; by default all, but for test splits without labels.
       required: the splits that must be there.
 
     Returns:
@@ -68,29 +71,16 @@ def load_task(
     """
     columns = _columns(task, data)
     parts = _parts(task, data)
-    tables: dict[str, Any] = {}
-    names: tuple[str, ...] = task.labels or ()
-    order = sorted(parts, key=lambda role: role != "train")  # the classes are those of the training split
-    for role in order:
-        part = parts[role]
-        present = _present(task, part, role, columns)
-        if present is None:
-            continue
-        read = part.source.read(part.split, list(present.values()))
-        if not len(read):
-            raise UserError(f"{part} has no rows; expected examples")
-        if TARGET[task.kind] in present and _unlabelled(task, read, present):
-            _leave_out(part, role, f"has no labels (all of {present[TARGET[task.kind]]!r} are -1 or empty)")
-            continue
-        if task.kind == ANSWERS:
-            tables[role] = _answer_table(task, read, present, part, training=role == "train")
-        else:
-            targets = _targets(task, read, present, part)
-            if role == order[0] and not task.regression:
-                names = targets.classes(task.labels)
-            tables[role] = _class_table(task, read, present, part, targets, names)
-    seed = int(data.get("seed", 0))
-    _hold_out(tables, float(data.get("holdout", 0.0)), seed)
+    share, seed = _share(parts, data), int(data.get("seed", 0))
+    wanted = {role: part for role, part in parts.items() if splits is None or role in splits}
+    if splits is not None:
+        wanted = {role: dataclasses.replace(part, asked=True) for role, part in wanted.items()}
+        if share and "validation" in splits:
+            wanted["train"] = parts["train"]
+    tables, names = _tables(task, _read(task, wanted, columns))
+    if share and "train" in tables:
+        _hold_out(tables, parts["train"], share, seed)
+    tables = {role: table for role, table in tables.items() if splits is None or role in splits}
     for role in required:
         if role not in tables:
             raise UserError(_no_split(task, parts, role))
@@ -98,6 +88,67 @@ def load_task(
         kind = "train" if role == "train" else "eval"
         tables[role] = _sampled(tables[role], f"max_{kind}_examples", data, seed)
     return {role: _dataset(task, table, names) for role, table in tables.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """One split as it was read; `present`: role → column."""
+
+    part: _Part
+    rows: datasets.Dataset
+    present: Mapping[str, str]
+
+
+def _read(task: Task, parts: Mapping[str, _Part], columns: Mapping[str, str]) -> dict[str, _Split]:
+    """The splits that have labels, the training split first."""
+    found = {}
+    for role in sorted(parts, key=lambda role: role != "train"):
+        part = parts[role]
+        present = _present(task, part, role, columns)
+        if present is None:
+            continue
+        rows = part.source.read(part.split, list(present.values()))
+        if not len(rows):
+            raise UserError(f"{part} has no rows; expected examples")
+        if TARGET[task.kind] in present and _unlabelled(task, rows, present):
+            _leave_out(part, role, f"has no labels (all of {present[TARGET[task.kind]]!r} are -1 or empty)")
+            continue
+        found[role] = _Split(part, rows, present)
+    return found
+
+
+def _tables(task: Task, read: Mapping[str, _Split]) -> tuple[dict[str, pyarrow.Table], tuple[str, ...]]:
+    """The splits with canonical columns, and the names of the classes."""
+    if task.kind == ANSWERS:
+        answers = {
+            role: _answer_table(task, split.rows, split.present, split.part, training=role == "train")
+            for role, split in read.items()
+        }
+        return answers, ()
+    targets = {role: _targets(task, split.rows, split.present, split.part) for role, split in read.items()}
+    names: tuple[str, ...] = task.labels or ()
+    if targets and not task.regression:
+        first = next(iter(targets))  # the classes are those of the training split, if it is read
+        # A tag may be so rare that only the validation split has it.
+        rare = [targets[role] for role in ("validation",) if task.kind == TOKENS and role in targets]
+        least = 2 if first == "train" else 1  # what is only scored may be all of one class
+        names = targets[first].classes(task.labels, [one for one in rare if not one.own], least)
+    return {
+        role: _class_table(task, split.rows, split.present, split.part, targets[role], names)
+        for role, split in read.items()
+    }, names
+
+
+def holds_out(task: Task, data: ConfigDict | Mapping[str, Any]) -> bool:
+    """Whether these settings make the validation split of a share of the training split.
+
+    Args:
+      task, data: as of `load_task`.
+
+    Raises:
+      UserError: no such data.
+    """
+    return _share(_parts(task, data), data) > 0
 
 
 def label_names(task: Task, splits: Mapping[str, datasets.Dataset]) -> tuple[str, ...]:
@@ -144,6 +195,11 @@ def _parts(task: Task, data: Any) -> dict[str, _Part]:
         name = given.get(role, "")
         if role in files:
             own = open_source(name)
+            if len(own.splits) > 1:
+                raise UserError(
+                    f"data.{role} is {name!r}, which has the splits {', '.join(own.splits)}; name one of its files, "
+                    "or make it data.source"
+                )
             parts[role] = _Part(own, own.splits[0], asked=True)
         elif source is None:
             if name:
@@ -168,7 +224,7 @@ def _no_split(task: Task, parts: Mapping[str, _Part], role: str) -> str:
     there = "; ".join(
         f"{location} has the splits {', '.join(splits)}" for location, splits in sources.items()
     )
-    fix = f"name one, or a file, as data.{role}"
+    fix = f"name one, or a file, as data.{role} (of evaluate: as --split)"
     if role == "validation":
         fix += ", or take a share of the training split with data.holdout=0.1"
     return f"{task.name} has no {role} split: {there or 'the source has none of the splits it names'}; {fix}"
@@ -186,7 +242,8 @@ def _present(task: Task, part: _Part, role: str, columns: Mapping[str, str]) -> 
         return None
     if missing:
         raise UserError(
-            f"{part} has no column {columns[missing[0]]!r} (data.{missing[0]}); it has {', '.join(map(repr, there))}"
+            f"{part} has no column {columns[missing[0]]!r} (data.{missing[0]}); it has "
+            f"{labelling.listed(there, labelling.shown)}"
         )
     return present
 
@@ -261,17 +318,38 @@ def _class_table(
 
 
 def _text(column: pyarrow.Array, part: _Part, name: str) -> pyarrow.Array:
-    """A column as strings; a missing text is an empty one."""
+    """A column as strings; a missing text is an empty one, but some must be there."""
     import pyarrow
     import pyarrow.types as types
 
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
         raise UserError(f"the column {name!r} of {part} holds {kind}; expected text")
+    if missing := column.null_count:
+        if missing == len(column):
+            raise UserError(
+                f"the column {name!r} of {part} holds no text: all rows lack it; name another one"
+            )
+        log.warning("%s: %s of %s %r are missing; they are taken as empty", part, missing, len(column), name)
     try:
         return column.cast(pyarrow.string()).fill_null("")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"the column {name!r} of {part} cannot be read as text: {error}") from error
+    except (pyarrow.ArrowException, UnicodeError) as error:
+        raise UserError(
+            f"the column {name!r} of {part} cannot be read as text: {first_line(error)}; convert it to UTF-8"
+        ) from error
+
+
+def _ids(column: pyarrow.Array, part: _Part, name: str) -> list[str]:
+    """Ids as strings; where one is missing, the number of the row."""
+    import pyarrow
+
+    try:
+        ids = column.cast(pyarrow.string()).to_pylist()
+    except (pyarrow.ArrowException, UnicodeError) as error:
+        raise UserError(
+            f"the column {name!r} of {part} holds {column.type}; expected text or numbers"
+        ) from error
+    return [str(row) if id_ is None else id_ for row, id_ in enumerate(ids, 1)]
 
 
 def _answer_table(
@@ -282,7 +360,7 @@ def _answer_table(
     context = _text(_column(read, present["context"]), part, present["context"])
     question = _text(_column(read, present["question"]), part, present["question"])
     if "id" in present:
-        ids = _column(read, present["id"]).cast(pyarrow.string()).to_pylist()
+        ids = _ids(_column(read, present["id"]), part, present["id"])
     else:
         ids = [str(row) for row in range(1, len(read) + 1)]
     answers = list(_answers(_column(read, present["answers"]), part, present["answers"]))
@@ -320,7 +398,7 @@ def _answer_table(
     if not kept:
         raise UserError(
             f"{part} has no answer at its answer_start, which counts characters of the context from 0; "
-            f"first id {ids[0]}"
+            f"first id {_some(ids[:1])}; mend the offsets"
         )
     kind = pyarrow.struct(
         [("text", pyarrow.list_(pyarrow.string())), ("answer_start", pyarrow.list_(pyarrow.int64()))]
@@ -352,7 +430,9 @@ def _answers(column: pyarrow.Array, part: _Part, name: str) -> Iterator[dict[str
             begins = [int(begin) for begin in begins]
             if len(texts) != len(begins) or not all(isinstance(text, str) for text in texts):
                 raise ValueError
-        except (KeyError, TypeError, ValueError):
+            if any(abs(begin) >= 2**63 for begin in begins):
+                raise OverflowError
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             raise UserError(
                 f"{part} row {row}: {name!r} is {str(value)[:60]!r}; expected "
                 '{"text": ["…"], "answer_start": [12]} or a list of {"text": "…", "answer_start": 12}'
@@ -361,21 +441,29 @@ def _answers(column: pyarrow.Array, part: _Part, name: str) -> Iterator[dict[str
 
 
 def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
+    return ", ".join(map(labelling.plain, ids[:_NAMED])) + (", …" if len(ids) > _NAMED else "")
 
 
-def _hold_out(tables: dict[str, Any], share: float, seed: int) -> None:
-    """Makes a validation split of a share of the training split, where there is none."""
+def _share(parts: Mapping[str, _Part], data: Any) -> float:
+    """The share of the training split that is held out; 0 where the source has a validation split."""
+    share = float(data.get("holdout", 0.0))
     if not 0 <= share < 1:
         raise UserError(f"data.holdout is {share}; expected a share from 0 up to, but not, 1")
-    if not share or "validation" in tables or "train" not in tables:
-        return
+    return share if "train" in parts and "validation" not in parts else 0.0
+
+
+def _hold_out(tables: dict[str, Any], part: _Part, share: float, seed: int) -> None:
+    """Makes a validation split of a share of the training split."""
     train = tables["train"]
     count = max(1, round(share * len(train)))
     if count >= len(train):
         raise UserError(
             f"data.holdout is {share}, which leaves nothing of {len(train)} training examples; give a smaller share"
         )
+    log.info(
+        "%s of the %s examples of %s are held out for validation (data.holdout=%s, data.seed=%s)",
+        *(f"{count:,}", f"{len(train):,}", part, share, seed),
+    )
     order = np.random.default_rng(seed).permutation(len(train))
     tables["train"] = train.take(np.sort(order[count:]))
     tables["validation"] = train.take(np.sort(order[:count]))

@@ -184,6 +184,11 @@ def evaluate_run(workdir: str | os.PathLike[str], *, rows: int = 0, dtype: str =
         )
     stored = read_json(path / CONFIG) or {}
     config = ConfigDict(stored)
+    if stored.get("kind") == "finetune":
+        raise UserError(
+            f"{path} is fine-tuned on {stored.get('task')}; evaluate it with --task={stored.get('task')} "
+            f"--model=NAME={path}"
+        )
     module, params = from_pretrained(path)
     candidates = [Candidate("student", str(path), module, params)]
     if "kind" not in stored:

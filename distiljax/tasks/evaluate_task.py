@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,16 @@ from distiljax.comparison import summarise
 from distiljax.distill.runs import count_parameters, named_dtype
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary
-from distiljax.nn import HeadConfig, TaskModel
+from distiljax.nn import TaskModel
 from distiljax.tasks.config import finetune_data_config
-from distiljax.tasks.datasets import label_names, load_task
-from distiljax.tasks.features import choose_lengths
-from distiljax.tasks.finetune import task_features
+from distiljax.tasks.datasets import holds_out, label_names, load_task
+from distiljax.tasks.features import Features
+from distiljax.tasks.finetune import row_lengths, task_features
 from distiljax.tasks.forward import Forward
+from distiljax.tasks.label_order import label_order
 from distiljax.tasks.presets import Task, find_task
 from distiljax.tasks.scoring import Scorer
+from distiljax.tasks.sources import Files, is_path, open_source
 from distiljax.tasks.speed import BATCH_ROWS, model_speed
 from distiljax.train import storage
 from distiljax.train.load import from_pretrained, is_run, load_tokenizer
@@ -37,7 +40,7 @@ SPEED_LENGTH = 128
 def evaluate_task(
     task: str,
     models: Mapping[str, Sequence[str | os.PathLike[str]]],
-    data: ConfigDict,
+    data: ConfigDict | None = None,
     *,
     split: str = "validation",
     dtype: str = "float32",
@@ -49,9 +52,10 @@ def evaluate_task(
     Args:
       task: a preset, or the kind of a task of one's own.
       models: name → its fine-tuned models (run directories, Hugging Face directories or hub names), one a seed.
-      data: the data set, as `finetune_config().data`; with `max_length` 0 each model reads rows as long as those that
-        it was fine-tuned on.
-      split: of the data set; it must be labelled.
+      data: the data set, as `finetune_config().data`, by default what the models were fine-tuned on (`data_settings`);
+        where it has no validation split, `holdout` and `seed` say which share of the training split is one. With
+        `max_length` 0 each model reads rows as long as those that it was fine-tuned on.
+      split: of the data set, or a file; it must be labelled.
       dtype: compute dtype.
       batch_size: rows at once.
       speed: whether to measure latency and throughput, of each name's first model, in turn.
@@ -62,10 +66,13 @@ def evaluate_task(
       "machine": …}`; the scores are described at `distiljax.comparison.summarise`.
 
     Raises:
-      UserError: a model that cannot be loaded or is of another task, a split that is not there or has no labels.
+      UserError: a model that cannot be loaded or is of another task, a split that is not there or has no labels, or
+        models that hold out different examples.
     """
     if not models or not all(models.values()):
         raise UserError("no model to evaluate; give at least one")
+    if data is None:
+        data = data_settings(find_task(task), models, split=split)
     scores = TaskScores(find_task(task), data, split, dtype, batch_size)
     runs = {name: {task: [scores(path) for path in paths]} for name, paths in models.items()}
     described = [scores.facts]
@@ -82,8 +89,77 @@ def evaluate_task(
     }
 
 
+def data_settings(
+    task: Task,
+    models: Mapping[str, Sequence[str | os.PathLike[str]]],
+    *,
+    source: str = "",
+    split: str = "validation",
+    columns: Mapping[str, str] | None = None,
+    max_length: int = 0,
+) -> ConfigDict:
+    """The `data` of `evaluate_task`: what the models were fine-tuned on, or all of another source.
+
+    Args:
+      task: the task.
+      models: as of `evaluate_task`. Without `source` the settings are those of the first that is a run on this task;
+        if none is, the preset's.
+      source: another data set, of which nothing is held out. Where its files' names say no split, all are scored.
+      split: what is scored.
+      columns: role → column, in place of those in the settings.
+      max_length: 0 = as each model was fine-tuned.
+
+    Raises:
+      UserError: no such source, or runs of which one may have been trained on what is held out of the other.
+    """
+    data = finetune_data_config()
+    runs = {} if source else _run_settings(task, [path for paths in models.values() for path in paths])
+    if runs:
+        data.update(next(iter(runs.values())))
+        if split == "validation":
+            _check_held_out(task, runs)
+    else:
+        data.source, data.holdout = source, 0.0
+        opened = open_source(source) if source else None
+        if isinstance(opened, Files) and opened.unsplit and split in data:
+            data[split] = opened.splits[0]
+            log.info("%s has no splits; all of it is scored", source)
+    data.update(dict(columns or {}))
+    data.max_length = max_length
+    if max_length:
+        data.stride = finetune_data_config().stride  # that of the run is for its own max_length
+    return data
+
+
+def _run_settings(task: Task, paths: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, Any]]:
+    """Of the models that are runs on this task: path → the data settings of its fine-tuning."""
+    known = finetune_data_config()
+    found = {}
+    for path in paths:
+        config = (read_json(storage.as_path(path) / CONFIG) or {}) if is_run(path) else {}
+        if config.get("task") == task.name:
+            found[str(path)] = {key: value for key, value in config.get("data", {}).items() if key in known}
+    return found
+
+
+def _check_held_out(task: Task, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    (first, wanted), *others = runs.items()
+    always, of_holdout = ("source", "validation"), ("train", "holdout", "seed")
+    for path, settings in others:
+        differing = [key for key in (*always, *of_holdout) if settings.get(key) != wanted.get(key)]
+        if set(differing) & set(always) or (differing and holds_out(task, wanted)):
+            key = differing[0]
+            raise UserError(
+                f"{first} and {path} hold out different examples: data.{key} is {wanted.get(key)!r} and "
+                f"{settings.get(key)!r}; name data that neither was trained on, as --source or --split"
+            )
+
+
 class TaskScores:
     """The metrics of models on one split of one task's data, which are read once.
+
+    What models share is kept from one to the next: the rows of those with the same tokenizer and the compiled programs
+    of those of the same shape.
 
     Args:
       task: the task.
@@ -97,21 +173,24 @@ class TaskScores:
         if not 1 <= batch_size <= 4096:
             raise UserError(f"batch_size is {batch_size}; expected 1 to 4096")
         self._dtype = named_dtype("dtype", dtype)
-        splits = load_task(task, data)
-        if split not in splits:
-            raise UserError(
-                f"{data.source or task.source} has no split {split!r}; it has {', '.join(splits)}"
-            )
+        data, role = ConfigDict(data), split
+        if split not in ("train", "validation", "test", *task.splits):
+            role, data.validation = "validation", split  # a file, or a split by the source's own name
+            if is_path(split):
+                data.update({"source": "", "train": "", "test": ""})
+        splits = load_task(task, data, splits=(role,), required=(role,))
         self._task, self._data, self._batch_size = task, data, batch_size
         self._parallel = Parallel()
-        self._dataset = splits[split]
+        self._dataset = splits[role]
         self._labels = label_names(task, splits)
+        self._features: dict[Any, Features] = {}
+        self._forwards: dict[Any, Forward] = {}
         self.facts = {
             "name": task.name,
             "kind": task.kind,
             "metrics": list(task.metrics),
             "split": split,
-            "source": str(data.source or task.source),
+            "source": str(data.source or (data.validation if is_path(data.validation) else task.source)),
             "examples": len(self._dataset),
         }
 
@@ -122,28 +201,46 @@ class TaskScores:
           UserError: a model that cannot be loaded, is of another task, or has other labels.
         """
         module, params = load_fine_tuned(path, self._dtype)
-        if module.head.kind != self._task.kind or module.head.regression != self._task.regression:
-            kind = "regression" if module.head.regression else module.head.kind
+        head = module.head
+        if head.kind != self._task.kind or head.regression != self._task.regression:
+            kind = "regression" if head.regression else head.kind
             raise UserError(
                 f"{path} is a model of {kind}; task {self._task.name} expects one of "
                 f"{'regression' if self._task.regression else self._task.kind}"
             )
-        order = label_order(module.head, self._labels, path)
-        tokenizer = load_tokenizer(path)
-        check_vocabulary(tokenizer, module.config, str(path))
-        data = window_settings(path, self._data, module.config.max_positions)
-        features = task_features(self._task, self._dataset, tokenizer, data, module.config.max_positions)
-        lengths = choose_lengths(features.lengths, data.shapes)
-        forward = Forward(module, self._parallel, self._batch_size, lengths)
-        logits = forward(self._parallel.replicate(params), features)
-        head = module.head
+        order = None
+        if self._labels and not head.regression:
+            order = label_order(head.labels, self._labels, str(path))
+            if (
+                order is not None
+            ):  # the classes that the data do not have come last; they can be predicted, too
+                order += [output for output in range(len(head.labels)) if output not in order]
+            rest = [] if order is None else [head.labels[output] for output in order[len(self._labels) :]]
+            head = dataclasses.replace(head, labels=(*self._labels, *rest))
+        features, lengths = self._rows(path, module)
+        key = (module, lengths)
+        if key not in self._forwards:
+            self._forwards[key] = Forward(module, self._parallel, self._batch_size, lengths)
+        logits = self._forwards[key](self._parallel.replicate(params), features)
         if order is not None:
             logits = [row[..., order] for row in logits]
-            head = dataclasses.replace(head, labels=self._labels)
         metrics = Scorer(self._task, head, features, self._dataset)(logits)
         first = self._task.metrics[0]
         log.info("%s: %s %.2f", path, first, 100 * metrics[first])
         return metrics
+
+    def _rows(self, path: str | os.PathLike[str], module: TaskModel) -> tuple[Features, tuple[int, ...]]:
+        """The split's rows as a model reads them, and the lengths that their batches come in."""
+        tokenizer = load_tokenizer(path)
+        check_vocabulary(tokenizer, module.config, str(path))
+        positions = module.config.max_positions
+        data = window_settings(path, self._data, positions)
+        fingerprint = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        key = (fingerprint, tokenizer.pad_token_id, data.max_length, data.stride, positions)
+        if key not in self._features:
+            self._features[key] = task_features(self._task, self._dataset, tokenizer, data, positions)
+        features = self._features[key]
+        return features, row_lengths([features], data)
 
 
 def load_fine_tuned(path: str | os.PathLike[str], dtype: Any) -> tuple[TaskModel, Any]:
@@ -172,30 +269,8 @@ def window_settings(path: str | os.PathLike[str], data: ConfigDict, positions: i
     stored = (read_json(storage.as_path(path) / CONFIG) or {}).get("data", {}) if is_run(path) else {}
     default = finetune_data_config()
     data.max_length = stored.get("max_length") or min(default.max_length, positions)
-    data.stride = stored.get("stride", min(default.stride, data.max_length // 4))
+    data.stride = stored.get("stride", default.stride)
     return data
-
-
-def label_order(head: HeadConfig, labels: Sequence[str], path: str | os.PathLike[str]) -> list[int] | None:
-    """Where the data's labels stand among a model's outputs; None where they stand in the data's order already.
-
-    A model whose labels have other names, such as LABEL_0, is taken by their order.
-
-    Raises:
-      UserError: another number of labels.
-    """
-    own, wanted = ([label.casefold() for label in names] for names in (head.labels, labels))
-    if head.regression or own == wanted:
-        return None
-    if len(own) != len(wanted):
-        raise UserError(
-            f"{path} has {len(own)} labels ({', '.join(head.labels)}), the data {len(wanted)} ({', '.join(labels)}); "
-            "give a model fine-tuned on this task"
-        )
-    if sorted(own) == sorted(wanted):
-        return [own.index(label) for label in wanted]
-    log.warning("%s calls its labels %s, not %s; taken in this order", path, head.labels, tuple(labels))
-    return None
 
 
 def model_facts(

@@ -10,6 +10,7 @@ from typing import Any
 from distiljax.errors import UserError
 from distiljax.hub import model_card, save_pretrained, task_card
 from distiljax.hub.files import CONFIG as HF_CONFIG
+from distiljax.hub.files import foreign
 from distiljax.nn import MaskedLM
 from distiljax.train import distributed, storage
 from distiljax.train.checkpoint import checkpoint_step
@@ -31,7 +32,7 @@ def export(
     Args:
       workdir: a run directory of `distill`, `pretrain` or `finetune`; may be remote.
       directory: where to; made in one piece, or, where it is remote, file by file with config.json last.
-      checkpoint: "best" (lowest held-out loss) or "last".
+      checkpoint: "best" (lowest held-out loss; of a task its metric) or "last".
       overwrite: replace what stands there.
 
     Raises:
@@ -72,6 +73,10 @@ def _check_remote(directory: str | os.PathLike[str], overwrite: bool) -> None:
     if held and HF_CONFIG not in held:
         raise UserError(
             f"{directory} holds something else than a model (no {HF_CONFIG}); give another directory"
+        )
+    if held and (other := foreign(held)):
+        raise UserError(
+            f"{directory} holds {other!r} beside a model, which an export would destroy; give another directory"
         )
 
 

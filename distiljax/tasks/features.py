@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from distiljax.errors import UserError
 from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
+from distiljax.tasks.labels import plain
 
 IGNORED = -100  # a label that is not scored
 SHORTEST = 8  # tokens in a row
@@ -58,7 +60,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """int64 [N]: tokens in each row."""
         return np.diff(self.starts)
@@ -135,7 +137,8 @@ def make_features(
     Args:
       kind: "sequence_classification", "token_classification" or "question_answering".
       dataset: columns by the names of their roles: a `datasets.Dataset` as `load_task` returns, or a mapping of lists.
-      tokenizer: a fast tokenizer of transformers with BERT's special tokens; it is left as it is.
+      tokenizer: a fast tokenizer of transformers with BERT's special tokens, which is left as it is; or its `Pieces`,
+        for many small data sets.
       max_length: the longest row, special tokens included.
       stride: tokens that consecutive windows share (token and answer).
       labelled: whether to take the labels.
@@ -152,7 +155,7 @@ def make_features(
             f"stride is {stride}; expected 0 to {max_length - special - 1}, below the {max_length - special} "
             f"tokens of text in a row of {max_length}"
         )
-    pieces = _Pieces(tokenizer)
+    pieces = tokenizer if isinstance(tokenizer, Pieces) else Pieces(tokenizer)
     if kind == SEQUENCES:
         return _sequences(dataset, pieces, max_length, labelled, regression)
     if kind == TOKENS:
@@ -212,8 +215,11 @@ def ragged(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(shifts, lengths) + np.arange(lengths.sum())
 
 
-class _Pieces:
-    """A tokenizer's Rust part that neither truncates nor pads nor adds special tokens."""
+class Pieces:
+    """A copy of a tokenizer's Rust part that neither truncates nor pads nor adds special tokens.
+
+    To make one takes as long as to tokenise hundreds of texts. What is changed in the tokenizer later it does not have.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -285,7 +291,7 @@ def _fit(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, 
     return np.where(first <= second, short, long), np.where(first <= second, long, short)
 
 
-def _sequences(dataset: Any, pieces: _Pieces, max_length: int, labelled: bool, regression: bool) -> Features:
+def _sequences(dataset: Any, pieces: Pieces, max_length: int, labelled: bool, regression: bool) -> Features:
     first = pieces.of(_column(dataset, "text"))
     count = len(first.lengths)
     pair = _has(dataset, "text_pair")
@@ -336,7 +342,7 @@ def _windows(lengths: np.ndarray, room: np.ndarray, overlap: np.ndarray) -> tupl
     return texts, begins, np.minimum(room[texts], lengths[texts] - begins)
 
 
-def _words(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labelled: bool) -> Features:
+def _words(dataset: Any, pieces: Pieces, max_length: int, stride: int, labelled: bool) -> Features:
     sentences = _column(dataset, "tokens")
     word_counts = np.array([len(words) for words in sentences], np.int64)
     # A word's pieces do not depend on its neighbours.
@@ -358,14 +364,15 @@ def _words(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labelled
         words.lengths
     )  # a word may have no piece at all, such as a lone control character
     sentence = np.repeat(np.arange(len(sentences)), word_counts)[spoken]
-    window_starts = _starts(np.bincount(examples, minlength=len(sentences)))
+    counts = np.bincount(examples, minlength=len(sentences))
     first = word_starts[spoken] - sentence_starts[sentence]
-    window = window_starts[sentence]  # of a sentence with one window, that one
-    for number in np.flatnonzero(np.diff(window_starts) > 1):
-        mine = slice(*np.searchsorted(sentence, [number, number + 1]))
-        last = first[mine] + words.lengths[spoken[mine]]
-        own = slice(window_starts[number], window_starts[number + 1])
-        window[mine] += _farthest(first[mine], last, begins[own], sizes[own])
+    last = first + words.lengths[spoken]
+    step = max_length - 2 - stride
+    # Only so many windows in a row can hold a token.
+    overlapping = min(-(-(max_length - 2) // step), counts.max(initial=0))
+    oldest = _starts(counts)[sentence]
+    newest = oldest + np.minimum(first // step, counts[sentence] - 1)
+    window = _farthest(first, last, oldest, newest, overlapping, begins, sizes)
     place = starts[window] + 1 + first - begins[window]
     index = np.full(len(tokens), -1, np.int32)
     index[place] = spoken - sentence_words[sentence]
@@ -386,26 +393,41 @@ def _words(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labelled
     )
 
 
-def _farthest(first: np.ndarray, last: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """For each word the window in which it is farthest from the border.
+def _farthest(
+    first: np.ndarray,
+    last: np.ndarray,
+    oldest: np.ndarray,
+    newest: np.ndarray,
+    overlapping: int,
+    begins: np.ndarray,
+    sizes: np.ndarray,
+) -> np.ndarray:
+    """For each word the window in which it is farthest from the border; the first one of equals.
 
     That the first window's beginning and the last one's end cut nothing off changes nothing: a word that is near one of
     them is still nearer to a border of every other window.
 
     Args:
-      first, last: [M] a word's first piece and last + 1.
-      begins, sizes: [W] of a text's windows, in order.
+      first, last: [M] a word's first piece and last + 1, in its text.
+      oldest, newest: [M] the first window of its text, and the last that begins at or before `first`.
+      overlapping: how many windows, up to `newest`, may hold `first`.
+      begins, sizes: [W] of all windows, those of a text in order.
 
     Returns:
       [M] windows that hold the word's first piece.
     """
-    ends = begins + sizes
-    distance = np.minimum(first[:, None] - begins, ends - last[:, None])
-    held = (first[:, None] >= begins) & (first[:, None] < ends)
-    return np.where(held, distance, np.iinfo(np.int64).min).argmax(1)
+    best, farthest = newest, np.full(len(first), np.iinfo(np.int64).min)
+    for back in range(overlapping):
+        window = np.maximum(newest - back, oldest)
+        begin = begins[window]
+        end = begin + sizes[window]
+        distance = np.minimum(first - begin, end - last)
+        better = (first < end) & (distance >= farthest)
+        best, farthest = np.where(better, window, best), np.where(better, distance, farthest)
+    return best
 
 
-def _answers(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labelled: bool) -> Features:
+def _answers(dataset: Any, pieces: Pieces, max_length: int, stride: int, labelled: bool) -> Features:
     questions = pieces.of(_column(dataset, "question"))
     contexts = pieces.of(_column(dataset, "context"), offsets=True)
     room = max_length - 3 - questions.lengths
@@ -413,8 +435,9 @@ def _answers(dataset: Any, pieces: _Pieces, max_length: int, stride: int, labell
         worst = int(room.argmin())
         name = dataset["id"][worst] if _has(dataset, "id") else worst
         raise UserError(
-            f"the question of example {name} has {questions.lengths[worst]} tokens, which leaves no room for its "
-            f"context in rows of {max_length}; expected at most {max_length - 4} (raise max_length)"
+            f"the question of example {plain(name)} has {questions.lengths[worst]} tokens, which leaves no room for "
+            f"its context in rows of {max_length}; expected at most {max_length - 4}: shorten the question, or raise "
+            "max_length if the model has more positions"
         )
     # A long question leaves narrow windows, which overlap by half where they are no wider than the stride.
     overlap = np.where(room > stride, stride, room // 2)

@@ -15,7 +15,7 @@ from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.hub.heads import MASKED_LM
 from distiljax.nn import MaskedLM
 from distiljax.nn.heads import SEQUENCES
-from distiljax.tasks.features import Features, make_features
+from distiljax.tasks.features import Features, Pieces, make_features
 from distiljax.tasks.inputs import as_input
 from distiljax.tasks.stream import Output, stream
 
@@ -59,7 +59,7 @@ def fill_mask(
 class _Masks:
     def __init__(self, module: MaskedLM, params: Any, tokenizer: Any, top_k: int) -> None:
         self._module, self._params, self._tokenizer, self._top_k = module, params, tokenizer, top_k
-        self._vocabulary = vocabulary_size(tokenizer)
+        self._pieces, self._vocabulary = Pieces(tokenizer), vocabulary_size(tokenizer)
 
     def size(self, item: dict[str, Any]) -> int:
         return len(item["text"])
@@ -67,7 +67,7 @@ class _Masks:
     def prepare(self, items: Sequence[dict[str, Any]]) -> Features:
         limit = self._module.config.max_positions
         texts = {"text": [item["text"] for item in items]}
-        features = make_features(SEQUENCES, texts, self._tokenizer, max_length=limit, labelled=False)
+        features = make_features(SEQUENCES, texts, self._pieces, max_length=limit, labelled=False)
         masks = np.add.reduceat(features.tokens == self._tokenizer.mask_token_id, features.starts[:-1])
         for item, count in zip(items, masks, strict=True):
             if not count:

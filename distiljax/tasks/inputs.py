@@ -10,9 +10,11 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from distiljax.data.sources.base import first_line
 from distiljax.errors import UserError
 from distiljax.hub.heads import MASKED_LM
 from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
+from distiljax.tasks.labels import listed, shown
 
 FORMATS = ("auto", "text", "jsonl")
 EXPECTED = {
@@ -93,7 +95,9 @@ def as_input(
         if value is None and field == "text_pair":
             continue
         if value is None:
-            has = ", ".join(map(repr, item)) or "no fields"
+            if field in item:
+                raise UserError(f"{where}: {field!r} is null; expected a string, as in {EXPECTED[kind]}")
+            has = listed(item, shown) or "no fields"
             raise UserError(f"{where} has no {field!r} (it has {has}); expected {EXPECTED[kind]}")
         result[field] = _checked(value, field, kind, where)
     return result
@@ -179,7 +183,7 @@ def _open(file: str, flag: str = "file") -> Any:
 
 
 def _standard_input() -> Any:
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():  # None: closed by the shell
         raise UserError("no text; give it as an argument, with --file, or on standard input")
     return contextlib.nullcontext(sys.stdin.buffer)
 
@@ -209,8 +213,14 @@ def _parsed(lines: Iterable[tuple[str, str]], format: str) -> Iterator[tuple[str
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
+        # The id comes back as JSON, which has no NaN and no infinity.
+        json.dumps(value.get("id") if isinstance(value, dict) else None, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        if isinstance(error, json.JSONDecodeError):
+            reason = error.msg
+        else:
+            long = "digits" in str(error) and "a number of too many digits"
+            reason = long or ("nested too deeply" if isinstance(error, RecursionError) else first_line(error))
         raise UserError(
             f"{where} is no JSON ({reason}); expected one object a line, or --format=text"
         ) from None

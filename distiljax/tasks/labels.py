@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 _SHOWN = 10  # values that a message lists
+_LONGEST = 40  # characters of a value that a message shows
+_NO_LABEL = ("-1", "-100")  # what stands for "not labelled" among ids from 0
+# So many classes, with so few rows each, are texts, ids or numbers.
+_MANY, _FEW = 50, 2
 
 
 class Lists(NamedTuple):
@@ -43,31 +48,42 @@ class Targets:
     where: str
     column: str
 
-    def classes(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    def classes(
+        self, wanted: Sequence[str] | None, also: Sequence[Targets] = (), least: int = 2
+    ) -> tuple[str, ...]:
         """The names of the classes in the order of their ids.
 
         The task's, unless the data set names its ids otherwise; then the data set's; else the values, sorted.
 
         Args:
           wanted: the task's names, None if it has none.
+          also: targets of other splits, whose values are classes, too.
+          least: how many there must be.
+
+        Raises:
+          UserError: too few, or values that are no classes.
         """
         if self.own and (wanted is None or set(self.own) != set(wanted)):
             return self.own
         if wanted is not None:
             return tuple(wanted)
-        self._all_present()
-        names = {_name(value) for value in self.values}
-        fractions = [value for value in self.values if isinstance(value, float) and value != int(value)]
-        if fractions:
+        for targets in (self, *also):
+            targets._all_present(_missing)
+        values = [value for targets in (self, *also) for value in targets.values]
+        names = {_name(value) for value in values}
+        column = f"the column {self.column!r} of {self.where}"
+        if fraction := _fraction(values):
+            raise UserError(f"{column} holds {fraction}, which is no class; take task regression for numbers")
+        if len(names) < least:
+            held = f"nothing but {shown(names.pop())}" if names else "no labels"
+            raise UserError(f"{column} holds {held}; expected two classes or more")
+        if len(names) > max(_MANY, len(self.index) // _FEW):
             raise UserError(
-                f"the column {self.column!r} of {self.where} holds {fractions[0]}, which is no class; "
-                "take task regression for numbers"
+                f"{column} holds {len(names):,} different values in {len(self.index):,} labels; expected classes, with "
+                "several rows each: name the column of the classes, or take task regression for numbers"
             )
-        if len(names) < 2:
-            raise UserError(
-                f"the column {self.column!r} of {self.where} holds nothing but {names.pop()!r}; "
-                "expected two classes or more"
-            )
+        for targets in (self, *also):
+            targets._no_placeholders(names)
         numeric = all(name.removeprefix("-").isdecimal() for name in names)
         return tuple(sorted(names, key=int) if numeric else sorted(names))
 
@@ -77,15 +93,15 @@ class Targets:
         Raises:
           UserError: a label that is none of the classes, with its row and value.
         """
-        self._all_present()
+        self._all_present(_missing)
         place = {name: index for index, name in enumerate(names)}
         found = np.array([self._id(value, names, place) for value in self.values], np.int64)
         ids = found[self.index]
         if (bad := np.flatnonzero(ids < 0)).size:
-            strange = [_shown(value) for value, id_ in zip(self.values, found, strict=True) if id_ < 0]
+            strange = [shown(value) for value, id_ in zip(self.values, found, strict=True) if id_ < 0]
             others = f" (so are {', '.join(strange[1:_SHOWN])})" if len(strange) > 1 else ""
             raise UserError(
-                f"{self.where} row {self._row(bad[0])}: {self.column!r} is {_shown(self.values[self.index[bad[0]]])}, "
+                f"{self.where} row {self._row(bad[0])}: {self.column!r} is {shown(self.values[self.index[bad[0]]])}, "
                 f"which is no class{others}; expected {_expected(names)}"
             )
         return ids
@@ -94,15 +110,17 @@ class Targets:
         """float64 [M]: the labels as numbers.
 
         Raises:
-          UserError: a label that is no finite number, with its row and value.
+          UserError: a label that is no finite number of float32, with its row and value.
         """
-        self._all_present()
-        found = np.array([_number(value) for value in self.values])
+        self._all_present(lambda value: value is None)
+        found = np.array([_number(value) for value in self.values], np.float64)
         numbers = found[self.index]
-        if (bad := np.flatnonzero(~np.isfinite(numbers))).size:
+        # The loss is computed in float32, where 1e39 is infinite.
+        if (bad := np.flatnonzero(~(np.abs(numbers) <= np.finfo(np.float32).max))).size:
+            large = np.isfinite(numbers[bad[0]])
             raise UserError(
-                f"{self.where} row {self._row(bad[0])}: {self.column!r} is {_shown(self.values[self.index[bad[0]]])}; "
-                "expected a number"
+                f"{self.where} row {self._row(bad[0])}: {self.column!r} is {shown(self.values[self.index[bad[0]]])}; "
+                f"expected a number{' of at most 3.4e38' if large else ''}; mend or remove the row"
             )
         return numbers
 
@@ -121,13 +139,27 @@ class Targets:
             return int(name)
         return -1
 
-    def _all_present(self) -> None:
-        if None in self.values:
-            missing = np.flatnonzero(self.index == self.values.index(None))
+    def _all_present(self, missing: Callable[[Any], bool]) -> None:
+        rows = np.flatnonzero(np.array([missing(value) for value in self.values], bool)[self.index])
+        if rows.size:
             raise UserError(
-                f"{self.where} row {self._row(missing[0])} has no {self.column!r} "
-                f"({len(missing):,} such rows); expected a label in each"
+                f"{self.where} row {self._row(rows[0])} has no {self.column!r} "
+                f"({len(rows):,} such rows); expected a label in each: add them, or remove these rows"
             )
+
+    def _no_placeholders(self, names: Collection[str]) -> None:
+        """Refuses -1 and -100 as classes beside ids from 0."""
+        own = {name for name in names if name not in _NO_LABEL}
+        if own <= {"1"} or not all(map(str.isdecimal, own)):  # -1 and 1 are two classes
+            return
+        for value in self.values:
+            if (name := _name(value)) in _NO_LABEL:
+                rows = np.flatnonzero(self.index == self.values.index(value))
+                raise UserError(
+                    f"{self.where} row {self._row(rows[0])}: {self.column!r} is {name} ({len(rows):,} such labels), "
+                    "which usually means not labelled; remove those rows, or, if it is a class, write the classes as "
+                    "words"
+                )
 
     def _row(self, label: int) -> int:
         return int(np.searchsorted(self.starts, label, side="right"))
@@ -174,11 +206,36 @@ def lists(column: pyarrow.Array, where: str, name: str) -> Lists:
 
 def unlabelled(column: pyarrow.Array) -> bool:
     """Whether all labels are missing, or -1 as in GLUE's test splits."""
+    import pyarrow
     import pyarrow.types as types
 
     if types.is_nested(column.type):
         return column.null_count == len(column)
-    return all(value is None or _name(value) in ("-1", "") for value in column.unique().to_pylist())
+    try:
+        distinct = _comparable(column).unique().to_pylist()
+    except pyarrow.ArrowException:  # a type that is no label's, which is said where they are read
+        return False
+    return all(_missing(value) or _name(value) == "-1" for value in distinct)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and not too long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def plain(name: Any) -> str:
+    """A name for a message: as it is, if that is on one line, and not too long."""
+    text = str(name)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def listed(names: Iterable[Any], show: Callable[[Any], str] = plain) -> str:
+    """The first names of many, for a message."""
+    names = list(names)
+    return ", ".join(map(show, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
 
 
 def _targets(
@@ -187,15 +244,14 @@ def _targets(
     import pyarrow
     import pyarrow.types as types
 
-    if types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if types.is_nested(values.type) or types.is_binary(values.type):
-        raise UserError(
-            f"the column {name!r} of {where} holds {values.type}; expected labels: text or numbers"
-        )
-    if types.is_null(values.type):
-        values = values.cast(pyarrow.string())
-    encoded = values.dictionary_encode("encode")
+    wrong = f"the column {name!r} of {where} holds {values.type}; expected labels: text or numbers"
+    values = _comparable(values)
+    if types.is_nested(values.type) or types.is_binary(values.type) or types.is_large_binary(values.type):
+        raise UserError(wrong)
+    try:
+        encoded = values.dictionary_encode("encode")
+    except pyarrow.ArrowException as error:
+        raise UserError(wrong) from error
     distinct = [
         None if isinstance(value, float) and math.isnan(value) else value
         for value in encoded.dictionary.to_pylist()
@@ -204,27 +260,53 @@ def _targets(
     return Targets(distinct, index, starts, tuple(own) if own else None, where, name)
 
 
+def _comparable(values: pyarrow.Array) -> pyarrow.Array:
+    """Labels in a type whose distinct values Arrow finds."""
+    import pyarrow
+    import pyarrow.types as types
+
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if types.is_float16(values.type):
+        return values.cast(pyarrow.float32())
+    return values.cast(pyarrow.string()) if types.is_null(values.type) else values
+
+
+def _missing(value: Any) -> bool:
+    """Whether there is no label: null, an empty cell, or what pandas writes for one."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
+
+
 def _name(value: Any) -> str:
-    """The name of a class that has no other: 1, 1.0, "1" and " 1" are the same."""
+    """The name of a class that has no other: 1, 1.0, "1", "1.0" and " 1" are the same."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    name = str(value).strip()
+    # As pandas writes ids where a row has none.
+    whole = re.fullmatch(r"(-?(?:0|[1-9]\d*))\.0", name)
+    return whole[1] if whole else name
+
+
+def _fraction(values: Sequence[Any]) -> str:
+    """The first value that is a number but no class; none of text, if other texts are words."""
+    numbers = [_number(value) for value in values]
+    words = any(map(math.isnan, numbers))
+    for value, number in zip(values, numbers, strict=True):
+        if not number.is_integer() and (isinstance(value, float) or not words):
+            return plain(value)
+    return ""
 
 
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except ValueError:
+    except (TypeError, ValueError):  # also a date or a time
         return math.nan
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:39] + "…"
+    except OverflowError:
+        return math.inf
 
 
 def _expected(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
     if any(name.isdecimal() for name in names):
-        return f"one of {listed}"
-    return f"0 to {len(names) - 1}, or one of {listed}"
+        return f"one of {listed(names)}"
+    return f"0 to {len(names) - 1}, or one of {listed(names)}"

@@ -16,9 +16,10 @@ import numpy as np
 
 from distiljax.errors import UserError
 from distiljax.hub import Model, check_vocabulary
+from distiljax.hub.heads import MASKED_LM
 from distiljax.nn import MaskedLM, TaskModel
 from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
-from distiljax.tasks.features import Features, make_features
+from distiljax.tasks.features import SHORTEST, Features, Pieces, make_features, ragged
 from distiljax.tasks.fill_mask import fill_mask
 from distiljax.tasks.inputs import as_input, split_words
 from distiljax.tasks.metrics import entities
@@ -72,6 +73,7 @@ def predict(
       UserError: a model without a head, a bad setting, or an input that does not fit, after the results of those
         before it.
     """
+    _refuse_unused(module, top_k, max_length, no_answer)
     if isinstance(module, MaskedLM):
         k = 5 if top_k is None else top_k
         yield from fill_mask(module, params, tokenizer, inputs, top_k=k, batch_size=batch_size)
@@ -83,8 +85,11 @@ def predict(
     check_vocabulary(tokenizer, module.config, "the model")
     kind, positions = module.head.kind, module.config.max_positions
     length = max_length or positions
-    if not 1 <= length <= positions:
-        raise UserError(f"max_length is {max_length}; expected at most the model's {positions} positions")
+    shortest = min(SHORTEST, positions)
+    if not shortest <= length <= positions:
+        raise UserError(
+            f"max_length is {max_length}; expected {shortest} to the model's {positions} positions (0 = all of them)"
+        )
     k = 1 if top_k is None else top_k
     most = len(module.head.labels) if kind == SEQUENCES else 1000
     if not 1 <= k <= most:
@@ -104,18 +109,37 @@ def predict(
     job.close()
 
 
+def _refuse_unused(module: Model, top_k: int | None, max_length: int, no_answer: float | None) -> None:
+    kind = (
+        MASKED_LM
+        if isinstance(module, MaskedLM)
+        else module.head.kind
+        if isinstance(module, TaskModel)
+        else ""
+    )
+    for name, value, unused in (
+        ("no_answer", no_answer, no_answer is not None and kind != ANSWERS),
+        ("top_k", top_k, top_k is not None and kind == TOKENS),
+        ("max_length", max_length, max_length != 0 and kind == MASKED_LM),
+    ):
+        if kind and unused:
+            raise UserError(
+                f"{name} is {value}, which a model for {kind.replace('_', ' ')} has no use for; leave it out"
+            )
+
+
 class _Model:
     """A task model, and how texts become its rows."""
 
     def __init__(self, module: TaskModel, params: Any, tokenizer: Any, max_length: int, stride: int) -> None:
-        self.module, self._params, self._tokenizer = module, params, tokenizer
+        self.module, self._params, self._pieces = module, params, Pieces(tokenizer)
         self.max_length, self._stride = max_length, stride
 
     def features(self, columns: Mapping[str, list[Any]]) -> Features:
         return make_features(
             self.module.head.kind,
             columns,
-            self._tokenizer,
+            self._pieces,
             max_length=self.max_length,
             stride=self._stride,
             labelled=False,
@@ -173,14 +197,17 @@ class _Labels(_Job):
 
     def prepare(self, items: Sequence[Item]) -> Features:
         # A model is not asked about a pair with an empty text where there is no second one.
-        parts = []
-        for paired, group in itertools.groupby(items, lambda item: "text_pair" in item):
-            fields = ("text", "text_pair") if paired else ("text",)
-            inputs = list(group)
-            parts.append(self._model.features({f: [item[f] for item in inputs] for f in fields}))
+        paired = np.array(["text_pair" in item for item in items])
+        parts: list[Features] = []
+        places: list[int] = []
+        for fields, group in ((("text", "text_pair"), paired), (("text",), ~paired)):
+            numbers = np.flatnonzero(group).tolist()
+            if numbers:
+                parts.append(self._model.features({f: [items[n][f] for n in numbers] for f in fields}))
+                places += numbers
         self._inputs += len(items)
         self._truncated += sum(part.truncated for part in parts)
-        return _joined(parts)
+        return _merged(parts, places)
 
     def result(self, item: Item, features: Features, rows: Sequence[int], outputs: Sequence[Output]) -> Item:
         ((scores,),) = outputs
@@ -296,16 +323,19 @@ def _log(score: float) -> float:
     return math.log(score) if score > 0 else -math.inf
 
 
-def _joined(parts: Sequence[Features]) -> Features:
-    """Sequence features one after the other."""
+def _merged(parts: Sequence[Features], places: Sequence[int]) -> Features:
+    """Sequence features as one, in the order of the places that their rows, part after part, are to have."""
     if len(parts) == 1:
         return parts[0]
+    order = np.argsort(places)
     lengths = np.concatenate([part.lengths for part in parts])
+    begins = np.cumsum(lengths) - lengths
+    tokens = np.concatenate([part.tokens for part in parts])
     return Features(
         parts[0].kind,
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        np.concatenate([part.second for part in parts]),
+        tokens[ragged(begins[order], lengths[order])],
+        np.concatenate([[0], np.cumsum(lengths[order])]),
+        np.concatenate([part.second for part in parts])[order],
         np.arange(len(lengths), dtype=np.int32),
         truncated=sum(part.truncated for part in parts),
         pad_token_id=parts[0].pad_token_id,

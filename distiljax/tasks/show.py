@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from distiljax.errors import UserError
 from distiljax.tasks.inputs import count_inputs
+
+log = logging.getLogger(__name__)
 
 _LONGEST = 400  # characters of a text that is shown to a person
 
@@ -25,12 +30,24 @@ def print_results(
       bar: whether to show on standard error how far it is, where that is a terminal and standard output is none.
     """
     out = sys.stdout
-    with _progress(file, bar and sys.stderr.isatty() and not out.isatty()) as advance:
+    if out is None:
+        raise UserError("standard output is closed; send it to a file or to another program")
+    # What a stream cannot encode is escaped: half a character as JSON has it, too, and other ones by `json` itself.
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="backslashreplace")
+    is_utf8 = (out.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    is_empty = True
+    with _progress(
+        file, bar and sys.stderr is not None and sys.stderr.isatty() and not out.isatty()
+    ) as advance:
         for result in results:
-            lines = [json.dumps(result, ensure_ascii=False)] if as_json else _lines(result)
+            lines = [json.dumps(result, ensure_ascii=not is_utf8)] if as_json else _lines(result)
             # At once, for whoever reads, and to see when nobody does any more.
             print(*lines, sep="\n", file=out, flush=True)
             advance()
+            is_empty = False
+    if is_empty:
+        log.warning("%s has no text; there is nothing to predict", file or "standard input")
 
 
 @contextlib.contextmanager
@@ -62,7 +79,7 @@ def _progress(file: str | None, enabled: bool) -> Iterator[Callable[[], None]]:
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
-    name = f"{result['id']}: " if "id" in result else ""
+    name = f"{_shown(str(result['id']))}: " if "id" in result else ""
     yield name + _shown(result["question"] if "question" in result else result["text"])
     if "text_pair" in result:
         yield _shown(result["text_pair"])

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distiljax.data.sources.base import first_line
 from distiljax.errors import UserError
+from distiljax.tasks.labels import plain, shown
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
+
+log = logging.getLogger(__name__)
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _COMPRESSIONS = (".gz", ".bz2", ".zst")
@@ -69,13 +73,12 @@ def open_source(location: str) -> Source:
     if is_path(location):
         found = sorted(glob.glob(path)) if re.search(r"[*?\[]", path) and not os.path.exists(path) else [path]
         if not found or not os.path.isfile(found[0]):
-            raise UserError(
-                f"data source {location} does not exist; expected a file, a directory or a hub name"
-            )
+            is_not = "is no regular file" if os.path.exists(path) else "does not exist"
+            raise UserError(f"data source {location} {is_not}; expected a file, a directory or a hub name")
         for name in found:
             if not _format(name):
                 raise UserError(f"{name} is no table; expected {', '.join(FORMATS)}")
-        return Files(location, {_ALL: found} if len(found) == 1 else _by_split(found))
+        return _files(location, found, _by_split(found) if len(found) > 1 else {})
     return Hub(location)
 
 
@@ -96,10 +99,12 @@ class Files:
     Args:
       location: what the user wrote.
       files: split → paths in order.
+      unsplit: no name says a split; all files are then one, which is for whatever is asked for.
     """
 
     location: str
     files: Mapping[str, Sequence[str]]
+    unsplit: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -125,10 +130,19 @@ class Files:
             table = pyarrow.concat_tables(tables, promote_options="permissive")
         except pyarrow.ArrowException as error:
             raise UserError(
-                f"the files of {self.location} differ in their columns: {first_line(error)}"
+                f"the files of {self.location} differ in their columns: {first_line(error)}; "
+                "give a column one type in all of them"
             ) from error
         # The features of a Parquet file that `datasets` wrote, such as the names of classes, are in its metadata.
-        return datasets.Dataset(InMemoryTable(table))
+        try:
+            return datasets.Dataset(InMemoryTable(table))
+        except Exception as error:  # whatever `datasets` makes of metadata that are damaged, or not its own
+            if not table.schema.metadata:
+                raise
+            log.warning(
+                "%s: the metadata cannot be read, and are left out: %s", self.location, first_line(error)
+            )
+            return datasets.Dataset(InMemoryTable(table.replace_schema_metadata(None)))
 
 
 class Hub:
@@ -197,17 +211,21 @@ def _directory(location: str, path: str) -> Files:
         raise UserError(
             f"directory {location} holds no {', '.join(FORMATS)} file; expected a data set's files"
         )
-    return Files(location, _by_split(found, path))
+    return _files(location, found, _by_split(found, path))
+
+
+def _files(location: str, paths: list[str], splits: Mapping[str, Sequence[str]]) -> Files:
+    return Files(location, splits) if splits else Files(location, {_ALL: paths}, unsplit=True)
 
 
 def _by_split(paths: Sequence[str], root: str = "") -> dict[str, list[str]]:
-    """The files of each split, by their names; where no name says a split, all are for training."""
+    """The files of each split, by their names; none where no name says a split."""
     root = root or os.path.commonpath([os.path.dirname(path) or "." for path in paths])
     splits: dict[str, list[str]] = {}
     for path in paths:
         if split := _split_of(os.path.relpath(path, root)):
             splits.setdefault(split, []).append(path)
-    return splits or {_ALL: list(paths)}
+    return splits
 
 
 def _split_of(relative: str) -> str | None:
@@ -242,7 +260,29 @@ def _guarded(function: Callable[..., Any], path: str, *arguments: Any) -> Any:
     except UserError:
         raise
     except (OSError, ValueError, EOFError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        reason, fix = _diagnosis(error, path)
+        raise UserError(f"{path} cannot be read: {reason}; {fix}") from error
+
+
+def _diagnosis(error: BaseException, path: str) -> tuple[str, str]:
+    """What is wrong with a file, in one line, and what to do about it."""
+    reason = " ".join(first_line(error).split())[:200]
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror or reason, "let it be read, or name another file"
+    if _format(path) not in (".csv", ".tsv"):
+        return reason, f"expected a whole {_format(path)} file: copy or write it again"
+    # Arrow counts the line of column names, too.
+    reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 1}", reason)
+    if "UTF" in reason:
+        return reason, "convert it to UTF-8"
+    if "Empty" in reason:
+        return reason, "expected a line of column names, then rows"
+    if _format(path) == ".tsv":
+        return (
+            reason,
+            "expected as many tabs in each row as between the column names, and no quotes around fields",
+        )
+    return reason, "put double quotes around fields that hold commas, quotes or line breaks"
 
 
 class _Parquet:
@@ -283,7 +323,8 @@ class _Delimited:
         quoted = self._delimiter == ","
         return csv.open_csv(
             pyarrow.input_stream(path),
-            read_options=csv.ReadOptions(block_size=16 << 20),
+            # Only one thread knows the number of a row that is wrong.
+            read_options=csv.ReadOptions(block_size=16 << 20, use_threads=False),
             parse_options=csv.ParseOptions(
                 delimiter=self._delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted
             ),
@@ -303,16 +344,52 @@ class _Json:
         import pyarrow
 
         records = _records(path)
-        arrays = []
-        for name in columns:
-            try:
-                arrays.append(pyarrow.array([record.get(name) for record in records]))
-            except (pyarrow.ArrowException, UnicodeError) as error:
-                raise UserError(
-                    f"{path}: the values of {name!r} are not all of one type: {first_line(error)}"
-                ) from error
+        arrays = [_array([record.get(name) for record in records], path, name) for name in columns]
         _parsed.cache_clear()
         return pyarrow.table(arrays, names=columns)
+
+
+def _array(values: list[Any], path: str, name: str) -> pyarrow.Array:
+    """Values of JSON as a column.
+
+    Raises:
+      UserError: values of different types, or a number of more than 64 bits, with the first such row.
+    """
+    import pyarrow
+
+    try:
+        return pyarrow.array(values)
+    except UnicodeError:
+        return _array([_without_surrogates(value) for value in values], path, name)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        good, bad = 0, len(values)  # so many rows are, or are not, a column
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                pyarrow.array(values[:middle])
+                good = middle
+            except (pyarrow.ArrowException, OverflowError):
+                bad = middle
+        found = f"{path} row {bad}: {plain(name)!r} is {shown(values[bad - 1])}"
+        if isinstance(error, OverflowError):
+            raise UserError(
+                f"{found}, which holds a number that is too large; mend or remove the row"
+            ) from error
+        raise UserError(
+            f"{found}; the values of {plain(name)!r} are not all of one type: expected one like those in the rows "
+            "before it"
+        ) from error
+
+
+def _without_surrogates(value: Any) -> Any:
+    """Half a character, as JSON may have one, is no text: "?" stands in for it, so that offsets stay."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return value
 
 
 def _records(path: str) -> list[dict[str, Any]]:
@@ -325,44 +402,62 @@ def _parsed(path: str, _changed: int) -> list[dict[str, Any]]:
 
     with pyarrow.input_stream(path) as file:
         content = file.read()
+    if not content.strip():
+        raise UserError(f"{path} is empty; expected one JSON object a line")
     if content.lstrip()[:1] == b"[" or _format(path) == ".json":
         try:
             whole = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = None  # a .json of one object a line
         if isinstance(whole, dict) and isinstance(whole.get("data"), list):
             whole = whole["data"]
         if isinstance(whole, list) and all(isinstance(record, dict) for record in whole):
-            return _questions(whole) if whole and "paragraphs" in whole[0] else whole
+            return _questions(whole, path) if whole and "paragraphs" in whole[0] else whole
+        if isinstance(whole, dict) and b"\n" in content.strip():
+            raise UserError(f"{path} holds one object; expected a list of objects, or one object a line")
     records = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is no JSON: {first_line(error)}") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+            raise UserError(
+                f"{path} line {number} is no JSON: {reason}; expected one object a line, in UTF-8"
+            ) from error
         if not isinstance(record, dict):
             raise UserError(
-                f"{path} line {number} holds {line[:40].decode(errors='replace')!r}; expected an object"
+                f"{path} line {number} holds {line[:40].decode(errors='replace')!r}; expected an object in each line"
             )
         records.append(record)
     return records
 
 
-def _questions(articles: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _questions(articles: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
     """The rows of SQuAD's own files."""
-    return [
-        {
-            "id": question["id"],
-            "question": question["question"],
-            "context": paragraph["context"],
-            "answers": question.get("answers", []),
-        }
-        for article in articles
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
-    ]
+
+    def inner(value: Any, key: str, where: str, kind: type | tuple[type, ...]) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+            expected = "a list" if kind is list else "a text"
+            raise UserError(f"{path}: {where} has no {key!r} that is {expected}; expected SQuAD's layout")
+        return value[key]
+
+    rows = []
+    for a, article in enumerate(articles, 1):
+        for p, paragraph in enumerate(inner(article, "paragraphs", f"article {a}", list), 1):
+            where = f"paragraph {p} of article {a}"
+            for q, question in enumerate(inner(paragraph, "qas", where, list), 1):
+                asked = f"question {q} of {where}"
+                rows.append(
+                    {
+                        "id": inner(question, "id", asked, (str, int)),
+                        "question": inner(question, "question", asked, str),
+                        "context": inner(paragraph, "context", where, str),
+                        "answers": question.get("answers", []),
+                    }
+                )
+    return rows
 
 
 _READERS: Mapping[str, Any] = {

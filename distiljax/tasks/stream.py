@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,11 @@ CPU_TOKENS = 2048
 # Inputs read ahead, at most, and the characters after which no more are.
 WINDOW = 4096
 WINDOW_CHARACTERS = 1 << 19
+# Inputs that a thread has read for the next window.
+_READ_AHEAD = 64
+# Seconds between the looks for another input, after which a window is closed: someone may wait for it to be answered.
+# Looks are counted and not the time, so that a machine that stands still for a moment makes no other windows.
+_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 # Batches under way: one that runs and one that waits for it.
 _UNDER_WAY = 2
 
@@ -51,12 +57,13 @@ class Job(Protocol):
 def stream(items: Iterable[Item], job: Job, *, batch_size: int, limit: int) -> Iterator[Item]:
     """The job's results in the order of the inputs, in constant memory.
 
-    Windows of inputs, growing from a few batches to `WINDOW`, are read and tokenised in a thread while the device
-    works on the one before. The rows of a window are sorted by length and cut into batches of a few lengths and
-    sizes, which the device is given without waiting for their results.
+    Windows of inputs, growing from a few batches to `WINDOW`, are tokenised in a thread while the device works on the
+    one before; inputs that come slowly, as a person types them, are answered without waiting for a whole window. The
+    rows of a window are sorted by length and cut into batches of a few lengths and sizes, which the device is given
+    without waiting for their results.
 
     Args:
-      items: the inputs; iterated over in the thread.
+      items: the inputs; iterated over in another thread.
       job: what is to be done.
       batch_size: rows in a batch at most.
       limit: tokens in a row at most.
@@ -93,31 +100,46 @@ class _Window:
 
 def _usable(items: list[Item], job: Job, error: UserError) -> tuple[int, UserError]:
     """How many inputs there are before the first one that cannot be used, and its error."""
-    for number, item in enumerate(items):
+    good, bad = 0, len(items)  # those before `good` are usable, and not all of those before `bad`
+    while bad - good > 1:
+        middle = (good + bad) // 2
         try:
-            job.prepare([item])
-        except UserError as own:
-            return number, own
-    return 0, error
+            job.prepare(items[good:middle])
+            good = middle
+        except UserError as earlier:
+            bad, error = middle, earlier
+    return good, error
 
 
 def _windows(items: Iterable[Item], job: Job, size: int) -> Iterator[list[Item]]:
     window: list[Item] = []
     characters = 0
-    try:
-        for item in items:
-            window.append(item)
-            characters += job.size(item)
-            if len(window) >= size or characters >= WINDOW_CHARACTERS:
+    with Prefetch(items, lambda item: item, ahead=_READ_AHEAD) as reader:
+        try:
+            for item in reader:
+                window.append(item)
+                characters += job.size(item)
+                full = len(window) >= size or characters >= WINDOW_CHARACTERS
+                if full or not _follows(reader):
+                    yield window
+                    window, characters = [], 0
+                    size = min(2 * size, WINDOW) if full else size
+        except UserError:
+            # Those before it are answered first.
+            if window:
                 yield window
-                window, characters, size = [], 0, min(2 * size, WINDOW)
-    except UserError:
-        # Those before it are answered first.
-        if window:
-            yield window
-        raise
+            raise
     if window:
         yield window
+
+
+def _follows(reader: Prefetch[Item]) -> bool:
+    """Whether another input, or the end, comes within a quarter of a second."""
+    for pause in _PAUSES:
+        if reader.ready:
+            return True
+        time.sleep(pause)
+    return reader.ready
 
 
 def _results(

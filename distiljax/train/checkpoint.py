@@ -239,12 +239,23 @@ def restore_params(workdir: str | os.PathLike[str], template: Any, which: str = 
     directory = _directory(workdir, which)
     try:
         restored = _read(directory, step, {item: args})[item]
+        _check_shapes(restored, wanted)
     except Exception as error:  # as above
         line = f"checkpoint {step} of {directory} is damaged ({_reason(error)})"
         if storage.is_remote(directory):
             raise Failed(f"{line}, or cannot be reached; try the same command again") from error
         raise UserError(f"{line}; choose the other of best and last, or run the training again") from error
     return (restored if which == BEST else restored["params"]), step
+
+
+def _check_shapes(restored: Any, wanted: Any) -> None:
+    def check(path: Any, leaf: Any, template: Any) -> None:
+        if not isinstance(leaf, np.ndarray) or leaf.shape != template.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            held = list(leaf.shape) if isinstance(leaf, np.ndarray) else "nothing"
+            raise ValueError(f"{name} holds {held}, and the run's model.json asks for {list(template.shape)}")
+
+    jax.tree_util.tree_map_with_path(check, restored, wanted)
 
 
 def _read(directory: str, step: int, items: dict[str, Any]) -> Any:

@@ -84,7 +84,7 @@ def from_pretrained(
       head: "masked_lm"; a kind of `HeadConfig`, or one itself, for a `TaskModel`; "any" for the head that the model
         has; None for the bare encoder.
       dtype: compute dtype of the module; parameters are float32.
-      checkpoint: of a run directory: "best" (lowest held-out loss) or "last".
+      checkpoint: of a run directory: "best" (lowest held-out loss; of a task its metric) or "last".
       **options: `init_head` and `seed`, see `distiljax.hub.from_pretrained`.
 
     Returns:
@@ -94,6 +94,7 @@ def from_pretrained(
       UserError: nothing there, damaged, or another architecture.
     """
     if not is_run(name_or_dir):
+        _refuse_half_a_run(name_or_dir)
         with _resolved(name_or_dir, _MODEL_FILES) as where:
             return hub.from_pretrained(where, head=head, dtype=dtype, **options)
     hub.check_head(head)
@@ -110,6 +111,14 @@ def from_pretrained(
     return hub.with_head(module, params, head, str(path), **options)
 
 
+def _refuse_half_a_run(name_or_dir: str | os.PathLike[str]) -> None:
+    path = storage.as_path(name_or_dir)
+    if (path / CONFIG).is_file() and "kind" in (read_json(path / CONFIG) or {}):
+        raise UserError(
+            f"{path} is a run directory without {MODEL}; copy it back, or train again in another directory"
+        )
+
+
 def _module_of_run(path: Any, dtype: Any) -> hub.Model:
     facts = read_json(path / MODEL) or {}
     try:
@@ -119,7 +128,7 @@ def _module_of_run(path: Any, dtype: Any) -> hub.Model:
         return TaskModel(config, HeadConfig(**{**head, "labels": tuple(head["labels"])}), dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path / MODEL} is damaged ({error}); start the run's command again to restore it"
+            f"{path / MODEL} is damaged ({error}); copy it back, or train again in another directory"
         ) from error
 
 

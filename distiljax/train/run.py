@@ -51,7 +51,7 @@ def open_run(workdir: str | os.PathLike[str], config: ConfigDict, kind: str) -> 
       workdir: the directory, local or remote (see `storage.as_path`, which is what this gives); made if it is not
         there.
       config: the run's config; kept in config.json.
-      kind: "distill" or "pretrain".
+      kind: "distill", "pretrain" or "finetune".
 
     Raises:
       UserError: a directory that cannot be written, that another process uses, or that holds a run of another config.
@@ -83,7 +83,7 @@ def _claim(path: Path, config: ConfigDict, kind: str) -> None:
             f"workdir {path} holds a {existing.get('kind')} run, this is a {kind} run; give another --workdir"
         )
     if existing is not None and not started and existing.get("data") != wanted["data"]:
-        storage.remove_tree(path / "data")  # of a start that came to nothing
+        _remove_rows(path / "data")  # of a start that came to nothing
     if existing is not None and started:
         differing = [
             f"{key} was {old!r} and is now {new!r}"
@@ -99,6 +99,15 @@ def _claim(path: Path, config: ConfigDict, kind: str) -> None:
     elif started:
         raise UserError(f"workdir {path} holds checkpoints but no {CONFIG}; give another --workdir")
     write_json(path / CONFIG, wanted)
+
+
+def _remove_rows(data: Path) -> None:
+    """Removes what the preparation of text has made, finished or not, and nothing else that may lie there."""
+    under_way = ".prepare" in storage.names(data)
+    for split in ("train", "validation"):
+        if under_way or (data / split / "metadata.json").is_file():
+            storage.remove_tree(data / split)
+    storage.remove_tree(data / ".prepare")
 
 
 @contextlib.contextmanager

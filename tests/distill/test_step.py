@@ -92,7 +92,6 @@ def train(
             Distillation(Models(module, teacher), recipe, MASKING),
             optimizer,
             schedule,
-            seed=0,
             micro_batches=micro_batches,
         ),
         donate=True,
@@ -100,6 +99,7 @@ def train(
     frozen = {
         "teacher": parallel.place_teacher(frozen_teacher or teacher_params),
         "masking_weights": parallel.replicate(WEIGHTS),
+        "seed": parallel.replicate(np.uint32(0)),
     }
     state = parallel.replicate(jax.device_get(TrainState.create(params, optimizer)))
     for t in range(steps):
@@ -172,12 +172,15 @@ def test_a_spread_teacher_lies_in_parts_on_its_devices(models):
             Distillation(Models(module, teacher), Recipe(), MASKING),
             optimizer,
             schedule,
-            seed=0,
             micro_batches=1,
         )
     )
     state = parallel.replicate(jax.device_get(TrainState.create(params, optimizer)))
-    frozen = {"teacher": placed, "masking_weights": parallel.replicate(WEIGHTS)}
+    frozen = {
+        "teacher": placed,
+        "masking_weights": parallel.replicate(WEIGHTS),
+        "seed": parallel.replicate(np.uint32(0)),
+    }
     for t in range(2):  # the state stays whole on every device, and so the program the same
         state, _ = step(state, frozen, parallel.shard(batch(t)))
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
@@ -235,12 +238,11 @@ def test_gradients_are_reduced_once_a_step_and_never_inside_the_micro_batch_loop
             Distillation(Models(module, teacher), Recipe(), MASKING),
             optimizer,
             schedule,
-            seed=0,
             micro_batches=2,
         )
     )
     state = TrainState.create(params, optimizer)
-    frozen = {"teacher": teacher_params, "masking_weights": WEIGHTS}
+    frozen = {"teacher": teacher_params, "masking_weights": WEIGHTS, "seed": np.uint32(0)}
     lowered = step.lower(state, frozen, parallel.shard(batch(0)))
     sizes = []
     for computation in re.split(r"\n\n", lowered.compile().as_text()):

@@ -238,7 +238,7 @@ def test_existing_directories(tmp_path, make_model):
         save_pretrained(module, params, tmp_path / "file" / "model")
     assert tree_of(tmp_path) == before | {"file": b""}
 
-    (tmp_path / "empty" / "stale.txt").write_text("old")
+    (tmp_path / "empty" / "model-00001-of-00002.safetensors").write_text("old")
     other, other_params = make_model(seed=1, num_layers=1)
     save_pretrained(other, other_params, tmp_path / "empty", overwrite=True)
     assert sorted(os.listdir(tmp_path / "empty")) == ["config.json", "model.safetensors"]
@@ -251,6 +251,11 @@ def test_overwrite_spares_what_is_no_model(tmp_path, make_model):
     with pytest.raises(UserError, match="something else than a model"):
         save_pretrained(module, params, tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == ["thesis.txt"]
+    save_pretrained(module, params, tmp_path / "model")
+    (tmp_path / "thesis.txt").rename(tmp_path / "model" / "thesis.txt")
+    with pytest.raises(UserError, match="holds 'thesis.txt' beside a model"):
+        save_pretrained(module, params, tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "thesis.txt").read_text() == "years of work"
 
 
 class BrokenTokenizer:

@@ -244,3 +244,48 @@ def test_answers(finetune, words, tmp_path):
     result = finetune(tmp_path / "run", "question_answering", data__source=path, steps=20)
     assert result["best"]["loss"] < result["start"]["loss"]
     assert 0 <= result["best"]["exact_match"] <= result["best"]["squad_f1"] <= 1
+
+
+def test_what_the_data_must_not_do_to_a_run(finetune, columns, teacher, reviews, tmp_path, capsys):
+    """The user's files are not removed, and a run that has begun keeps its labels."""
+    data = tmp_path / "run" / "data"
+    data.mkdir(parents=True)
+    (data / "train.csv").write_bytes(reviews.read_bytes())
+    settings = {**columns, "data__source": data / "train.csv", "steps": 2, "data__holdout": 0.2}
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in {**QUICK, **settings}.items()]
+    command = ["finetune", "--config.task=sequence_classification", f"--config.model={teacher}", *flags]
+    assert main([*command, "--config.data.text=review", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "no column 'review'" in capsys.readouterr().err
+    assert main([*command, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert (data / "train.csv").exists()
+
+    (tmp_path / "run" / "result.json").unlink()
+    before = (tmp_path / "run" / "model.json").read_text()
+    (data / "train.csv").write_text(reviews.read_text().replace(",bad", ",poor"))
+    assert main([*command, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "was started with the head bad, good" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data.max_length": 4}, ("data.max_length is 4", "64")),
+        ({"data.seed": -1}, ("data.seed is -1",)),
+        ({"hidden_dropout": -0.5}, ("hidden_dropout is -0.5",)),
+        ({"loss.soft": -1.0}, ("soft -1.0",)),
+        ({"loss.label": 0.0}, ("no teacher",)),
+        ({"task": "sst3"}, ("sst3", "sst2", "token_classification")),
+        ({"data.text": "opinions"}, ("opinions", "opinion", "stars")),
+        ({"data.source": "nowhere.csv"}, ("nowhere.csv",)),
+        ({"steps": 0, "epochs": 1e300}, ("epochs is 1e+300",)),
+    ],
+)
+def test_bad_settings(changes, named, columns, teacher, tmp_path, capsys):
+    settings = {**QUICK, **{key.replace("__", "."): value for key, value in columns.items()}}
+    settings |= {"task": "sequence_classification", "model": teacher, **changes}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    assert main(["finetune", *flags, f"--workdir={tmp_path / 'run'}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert all(word in line for word in named), line
+    assert not (tmp_path / "run" / "model.json").exists() or "epochs" in named[0]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import logging
 import re
 
 import jax
@@ -13,9 +15,13 @@ from distiljax.comparison import summarise
 from distiljax.errors import UserError
 from distiljax.hub import vocabulary_size
 from distiljax.nn import HeadConfig
+from distiljax.tasks import evaluate_task as evaluating
 from distiljax.tasks.compare import DISTILLED, compare, model_paths, plan_fits
 from distiljax.tasks.config import compare_config, finetune_data_config
-from distiljax.tasks.evaluate_task import evaluate_task, label_order
+from distiljax.tasks.datasets import load_task
+from distiljax.tasks.evaluate_task import TaskScores, data_settings, evaluate_task
+from distiljax.tasks.label_order import label_order
+from distiljax.tasks.presets import find_task
 from distiljax.train.run import read_json
 from tests import compiling
 
@@ -88,6 +94,21 @@ def compared(config, tmp_path_factory):
     result = compare(config, workdir)
     assert result.finished
     return workdir, result.facts
+
+
+def test_of_a_finished_run_the_best_parameters_stay(compared):
+    workdir, _ = compared
+    runs = [path.parent for path in workdir.rglob("result.json")]
+    assert runs and not [run for run in runs if (run / "checkpoints").exists()]
+    assert all(any((run / "best").iterdir()) for run in runs)
+
+
+def test_a_split_that_is_not_there_is_noticed_before_the_first_run(config, tmp_path):
+    other = config.copy_and_resolve_references()
+    other.split = "test"
+    with pytest.raises(UserError, match="sst2 has no test split"):
+        compare(other, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_model_is_fine_tuned_with_every_seed(compared):
@@ -178,7 +199,7 @@ def test_a_model_of_another_kind_or_without_a_head_is_one_line(compared, models,
     workdir, _ = compared
     run, data = workdir / "sst2/teacher/seed-0", finetune_data_config()
     data.source = str(data_root / "sst2")
-    with pytest.raises(UserError, match="has no split .test.; it has train, validation"):
+    with pytest.raises(UserError, match="has no test split: .* has the splits train, validation; .*--split"):
         evaluate_task("sst2", {"run": [run]}, data, split="test", speed=False)
     with pytest.raises(UserError, match="distiljax finetune") as caught:
         evaluate_task("sst2", {"student": [models["student"]]}, data, speed=False)
@@ -192,13 +213,225 @@ def test_a_model_of_another_kind_or_without_a_head_is_one_line(compared, models,
         evaluate_task("sst2", {}, data)
 
 
-def test_labels_in_another_order_are_put_in_the_datas():
-    head = HeadConfig("sequence_classification", ("POSITIVE", "NEGATIVE"))
-    assert label_order(head, ("negative", "positive"), "m") == [1, 0]
-    assert label_order(head, ("positive", "negative"), "m") is None
-    assert label_order(HeadConfig("sequence_classification", ("LABEL_0", "LABEL_1")), ("a", "b"), "m") is None
-    with pytest.raises(UserError, match="m has 2 labels .* the data 3"):
-        label_order(head, ("a", "b", "c"), "m")
+def test_models_of_one_shape_share_rows_and_programs(compared, data_root, monkeypatch):
+    workdir, _ = compared
+    data = finetune_data_config()
+    data.source, data.max_length = str(data_root / "sst2"), 0
+    tokenised, compiled = [], []
+    make, forward = evaluating.task_features, evaluating.Forward
+    monkeypatch.setattr(evaluating, "task_features", lambda *a: tokenised.append(a) or make(*a))
+    monkeypatch.setattr(evaluating, "Forward", lambda *a: compiled.append(a) or forward(*a))
+    scores = TaskScores(find_task("sst2"), data, "validation", "float32")
+    for folder in ("teacher", "student"):
+        for seed in SEEDS:
+            run = workdir / f"sst2/{folder}/seed-{seed}"
+            assert scores(run) == pytest.approx(
+                {"accuracy": read_json(run / "result.json")["best"]["accuracy"]}, abs=0
+            )
+    assert len(tokenised) == len(compiled) == 1
+    # No row is longer than the models were fine-tuned on, though lengths are multiples of 8.
+    data.max_length = 13
+    TaskScores(find_task("sst2"), data, "validation", "float32")(run)
+    assert max(compiled[-1][-1]) == 13
+
+
+# --- the data of an evaluation ---
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, models, compared):
+    """A run on a user's own file, of which it held out a part by a seed; and a second file."""
+    root = tmp_path_factory.mktemp("own")
+    for name, count in (("all.csv", 40), ("va.csv", 30)):
+        with open(root / name, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["review", "mood"])
+            rows.writerows([f"the river {'was ' * (i % 7)}{i}", ("bad", "good")[i % 2]] for i in range(count))
+    config = ConfigDict(
+        read_json(compared[0] / "sst2/student/seed-0/config.json")
+    )  # its programs are compiled
+    del config["kind"]
+    config.task = "sequence_classification"
+    settings = {"source": str(root / "all.csv"), "text": "review", "label": "mood", "holdout": 0.3, "seed": 1}
+    config.data.update(settings)
+    assert distiljax.finetune(config, root / "run").finished
+    return root, config
+
+
+COLUMNS = {"text": "review", "label": "mood"}
+
+
+def examples(models, **settings):
+    """The texts that are scored."""
+    task = find_task("sequence_classification")
+    split = settings.get("split", "validation")
+    scores = TaskScores(task, data_settings(task, models, **settings), split, "float32")
+    return scores, scores._dataset["text"][:]
+
+
+def test_the_data_are_those_of_the_fine_tuning(own, caplog):
+    root, config = own
+    held_out = load_task(find_task(config.task), config.data)["validation"]["text"][:]
+    with caplog.at_level(logging.INFO):
+        scores, texts = examples({"a": [root / "run"]})
+    assert texts == held_out and len(texts) == 12
+    assert re.search(r"12 of the 40 examples of .*all.csv are held out .*data.seed=1", caplog.text)
+    best = read_json(root / "run" / "result.json")["best"]
+    assert scores(root / "run")["accuracy"] == best["accuracy"]
+    evaluation = evaluate_task(config.task, {"a": [root / "run"]}, speed=False)
+    assert evaluation["models"][0]["scores"][config.task]["accuracy"]["values"] == [best["accuracy"]]
+
+
+@pytest.mark.parametrize("split", ["validation", "train", "test"])
+def test_a_file_is_scored_whole(own, split, caplog):
+    root, _ = own
+    with caplog.at_level(logging.INFO):
+        scores, texts = examples(
+            {"a": [root / "run"]}, source=str(root / "va.csv"), columns=COLUMNS, split=split
+        )
+    assert len(texts) == scores.facts["examples"] == 30
+    assert "held out" not in caplog.text
+
+
+def test_a_split_may_be_a_file_or_one_of_another_name(own, tmp_path):
+    root, _ = own
+    scores, texts = examples({"a": [root / "run"]}, split=str(root / "va.csv"))
+    assert len(texts) == 30 and scores.facts["source"] == str(root / "va.csv")
+    assert 0 <= scores(root / "run")["accuracy"] <= 1
+    for name in ("train", "validation_matched"):
+        (tmp_path / f"{name}.csv").write_text((root / "va.csv").read_text())
+    _, texts = examples({}, source=str(tmp_path), columns=COLUMNS, split="validation_matched")
+    assert len(texts) == 30
+    with pytest.raises(UserError, match="is 'dev'; .* has the splits train, validation_matched"):
+        examples({}, source=str(tmp_path), columns=COLUMNS, split="dev")
+    with pytest.raises(UserError, match="has no validation split"):  # nothing is held out of files with names
+        examples({}, source=str(tmp_path), columns=COLUMNS)
+
+
+def test_runs_that_held_out_other_examples_are_one_line(own, tmp_path):
+    root, config = own
+
+    def another(name, **changes):
+        run = tmp_path / name
+        run.mkdir()
+        for file in ("model.json", "config.json"):
+            (run / file).write_text((root / "run" / file).read_text())
+        stored = read_json(run / "config.json")
+        stored["data"].update(changes)
+        (run / "config.json").write_text(json.dumps(stored))
+        return run
+
+    def settings(*runs, **changes):
+        return data_settings(find_task(config.task), {"a": runs[:1], "b": runs[1:]}, **changes)
+
+    first = root / "run"
+    assert settings(first, another("same")).seed == 1
+    other = another("other", seed=2)
+    with pytest.raises(UserError, match="hold out different examples: data.seed is 1 and 2; name data"):
+        settings(first, other)
+    assert settings(first, other, split="test").holdout == 0.3
+    assert settings(first, other, source=str(root / "va.csv"), columns=COLUMNS).holdout == 0
+    with pytest.raises(UserError, match="data.validation is '' and "):
+        settings(first, another("file", validation=str(root / "va.csv")))
+    # With validation examples of their own nothing is held out, and the draws' seed says nothing.
+    pair = [another(f"fixed-{seed}", validation=str(root / "va.csv"), seed=seed) for seed in (3, 4)]
+    assert settings(*pair).validation == str(root / "va.csv")
+
+
+def test_a_longer_row_takes_the_stride_that_goes_with_it(own):
+    root, config = own
+    data = data_settings(find_task(config.task), {"a": [root / "run"]}, max_length=48)
+    assert (data.max_length, data.stride) == (48, finetune_data_config().stride)
+
+
+# --- labels ---
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "order"),
+    [
+        ("neg,pos", "neg,pos", None),
+        ("POSITIVE,NEGATIVE", "negative,positive", [1, 0]),
+        ("NEGATIVE,POSITIVE", "negative,positive", None),
+        ("b-x,B-X,O", "O,B-X", [2, 1]),
+        ("neg,neutral,pos", "neg,pos", [0, 2]),
+        ("neg,neutral,pos", "pos", [2]),
+        ("LABEL_0,LABEL_1", "neg,pos", None),
+        ("LABEL_0,LABEL_1,LABEL_2", "0,2", [0, 2]),
+        ("LABEL_0,LABEL_1,LABEL_2", "1,2,3", None),
+        ("neg,neutral,pos", "0,2", [0, 2]),
+        ("0,1,2", "1,2", [1, 2]),
+    ],
+)
+def test_labels_are_the_same_by_name(model, data, order):
+    assert label_order(model.split(","), data.split(","), "m") == order
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("neg,pos", "pos,spam"),
+        ("neg,pos", "neg,neutral,pos"),
+        ("neg,pos", "1,2"),
+        ("0,1,2", "1,2,3"),
+        ("1,2,3", "0,1,2"),
+        ("0,1", "neg,pos"),
+        ("LABEL_0,LABEL_1,LABEL_2", "neg,pos"),
+        ("LABEL_1,LABEL_0", "neg,pos"),
+    ],
+)
+def test_other_labels_are_one_line_with_both(model, data):
+    model, data = model.split(","), data.split(",")
+    with pytest.raises(UserError) as caught:
+        label_order(model, data, "teacher m")
+    assert f"teacher m has the labels {', '.join(model)}, the data {', '.join(data)};" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def save(models, tokenizer):
+    """Saves a model with some labels and a head whose outputs are always as large as said."""
+
+    def save(path, kind, labels, outputs):
+        head = HeadConfig(kind, tuple(labels))
+        module, params = distiljax.from_pretrained(models["student"], head, init_head=True)
+        last = params["head"]["classifier"]
+        last |= {"kernel": np.zeros_like(last["kernel"]), "bias": np.float32(outputs)}
+        distiljax.save_pretrained(module, params, path, tokenizer=tokenizer)
+        return path
+
+    return save
+
+
+def scored(path, rows, tmp_path, kind="sequence_classification"):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = find_task(kind)
+    return TaskScores(
+        task, data_settings(task, {}, source=str(file), max_length=24), "validation", "float32"
+    )(path)
+
+
+def test_a_file_without_some_of_the_classes_is_scored_over_all_of_the_models(save, tmp_path):
+    model = save(tmp_path / "m", "sequence_classification", ("pos", "neutral", "neg"), [3, 2, 1])
+    rows = [{"text": "the river", "label": label} for label in ("neg", "pos", "pos", "neg")]
+    assert scored(model, rows, tmp_path)["accuracy"] == 0.5
+    assert scored(model, rows[1:3], tmp_path)["accuracy"] == 1  # all of one class
+    other = save(tmp_path / "n", "sequence_classification", ("pos", "neutral", "neg"), [1, 3, 2])
+    assert scored(other, rows, tmp_path)["accuracy"] == 0  # the best output is a class that does not occur
+    with pytest.raises(UserError, match="n has the labels pos, neutral, neg, the data pos, spam"):
+        scored(other, [*rows[1:3], {"text": "a", "label": "spam"}], tmp_path)
+
+
+def test_unnamed_labels_take_the_names_of_the_datas(save, tmp_path):
+    model = save(tmp_path / "m", "token_classification", [f"LABEL_{i}" for i in range(3)], [1, 3, 2])
+    rows = [
+        {"tokens": ["the", "river", "was"], "tags": ["B-X", "I-X", "O"]},
+        {"tokens": ["a"], "tags": ["I-X"]},
+    ]
+    # Sorted: B-X, I-X, O; every word is said to be I-X.
+    found = scored(model, rows, tmp_path, "token_classification")
+    assert found["entity_precision"] == found["entity_recall"] == 0.5 and found["accuracy"] == 0.5
 
 
 def test_models_are_named_in_a_text_or_a_mapping():

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distiljax.errors import UserError
-from distiljax.tasks.datasets import label_names, load_task
+from distiljax.tasks.datasets import holds_out, label_names, load_task
 from distiljax.tasks.presets import find_task
 from distiljax.tasks.sources import Hub, hub_name, open_source
 
@@ -41,8 +41,8 @@ def write(path, rows):
     return path
 
 
-def load(name, required=("train",), **data):
-    return load_task(find_task(name), ml_collections.ConfigDict(data), required=required)
+def load(name, required=("train",), splits=None, **data):
+    return load_task(find_task(name), ml_collections.ConfigDict(data), splits=splits, required=required)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv", "tsv"])
@@ -311,6 +311,63 @@ def test_a_test_split_without_labels_is_left_out_unless_asked_for(tmp_path):
         load("sequence_classification", source=str(tmp_path), test="test")
 
 
+def test_only_the_splits_that_are_asked_for_are_read(tmp_path):
+    rows = [{"text": "x", "label": 0}, {"text": "y", "label": 1}]
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    (tmp_path / "test.jsonl").write_text("no JSON")
+    source = {"source": str(tmp_path)}
+    assert list(load("sequence_classification", splits=("train", "validation"), **source)) == [
+        "train",
+        "validation",
+    ]
+    assert list(load("sequence_classification", (), splits=("validation",), **source)) == ["validation"]
+    with pytest.raises(UserError, match="test.jsonl line 1 is no JSON"):
+        load("sequence_classification", splits=("train", "test"), **source)
+    write(tmp_path / "test.jsonl", [{"text": "x", "label": -1}])
+    with pytest.raises(UserError, match="split test of .* has no labels"):  # it is asked for
+        load("sequence_classification", (), splits=("test",), **source)
+
+
+def test_what_is_held_out_is_held_out_of_every_split_that_is_read(tmp_path, caplog):
+    path = write(tmp_path / "rows.jsonl", [{"text": f"text {i}", "label": i % 2} for i in range(50)])
+    data = {"source": str(path), "holdout": 0.2}
+    both = load("sequence_classification", splits=("train", "validation"), **data)
+    for split in both:
+        with caplog.at_level(logging.INFO):
+            (alone,) = load("sequence_classification", (), splits=(split,), **data).items()
+        assert alone[0] == split and alone[1]["text"][:] == both[split]["text"][:]
+        assert f"10 of the 50 examples of {path} are held out for validation" in caplog.text
+    assert holds_out(find_task("sequence_classification"), data)
+    assert not holds_out(find_task("sequence_classification"), {**data, "validation": str(path)})
+    # A validation split that is there is none of the training split's, read or not.
+    load("sequence_classification", (), splits=("train",), validation=str(path), **data)
+    assert (
+        len(load("sequence_classification", splits=("train",), validation=str(path), **data)["train"]) == 50
+    )
+
+
+def test_a_file_that_is_only_scored_may_be_of_one_class(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "x", "label": "b"}])
+    splits = load("sequence_classification", (), splits=("validation",), validation=str(path))
+    assert label_names(find_task("sequence_classification"), splits) == ("b",)
+
+
+def test_tags_that_only_the_validation_split_has_are_classes(tmp_path):
+    write(tmp_path / "train.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "B-X"]}])
+    write(tmp_path / "validation.jsonl", [{"tokens": ["a", "b"], "tags": ["B-Y", "O"]}])
+    splits = load("token_classification", source=str(tmp_path))
+    assert label_names(find_task("token_classification"), splits) == ("B-X", "B-Y", "O")
+    assert [splits[name]["tags"][:] for name in ("train", "validation")] == [[[2, 0]], [[1, 2]]]
+
+
+def test_a_directory_of_several_splits_is_no_file_of_one(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", ROWS)
+    with pytest.raises(UserError, match="data.validation is .* which has the splits test, train; name one"):
+        load("sst2", source=str(tmp_path), validation=str(tmp_path))
+
+
 def refused(tmp_path, rows, message, name="sequence_classification", suffix="jsonl", **data):
     path = write(tmp_path / f"rows.{suffix}", rows)
     with pytest.raises(UserError, match=message) as caught:
@@ -439,7 +496,6 @@ def test_splits_that_are_not_there(tmp_path):
     [
         ("train.jsonl", b'{"sentence": "x", "label": 1}\n{"sentence"', "line 2 is no JSON"),
         ("train.jsonl", b"[1, 2]\n", "line 1 holds '\\[1, 2\\]'; expected an object"),
-        ("train.jsonl", b'{"sentence": "\\ud83d", "label": 1}\n', "values of 'sentence'"),
         ("train.jsonl", b'{"sentence": "\xff", "label": 1}\n', "line 1 is no JSON"),
         ("train.csv", b"sentence,label\nx\xff,1\n", "train.csv cannot be read"),
         ("train.csv", b"sentence,label\nx,1,2\n", "train.csv cannot be read"),

@@ -1,5 +1,6 @@
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distiljax.errors import UserError
-from distiljax.tasks.features import choose_lengths, make_features
+from distiljax.tasks.features import Pieces, choose_lengths, make_features
 
 WORDS = [
     *(
@@ -189,6 +190,59 @@ def test_a_word_is_scored_where_it_is_farthest_from_a_cut(tokenizer, count, max_
             assert distance(row) == max(map(distance, holding))
 
 
+def word_windows(count, max_length, stride):
+    """First token and size of each window over so many tokens."""
+    room = max_length - 2
+    windows = 1 + -(-max(count - room, 0) // (room - stride))
+    begins = np.arange(windows) * (room - stride)
+    return begins, np.minimum(room, count - begins)
+
+
+@few
+@given(st.lists(sentences, min_size=1, max_size=4), st.integers(8, 24), st.data())
+def test_the_farthest_window_is_that_of_a_look_at_all_windows(bert, examples, max_length, data):
+    stride = data.draw(st.integers(0, max_length - 3))
+    features = make_features(
+        "token_classification",
+        {"tokens": examples},
+        bert,
+        max_length=max_length,
+        stride=stride,
+        labelled=False,
+    )
+    wanted, row = np.full(len(features.tokens), -1), 0
+    for words in examples:
+        pieces = bert(words, is_split_into_words=True, add_special_tokens=False).word_ids() if words else []
+        spoken, first, counts = np.unique(np.array(pieces, int), return_index=True, return_counts=True)
+        last = first + counts
+        begins, sizes = word_windows(len(pieces), max_length, stride)
+        ends = begins + sizes
+        distance = np.minimum(first[:, None] - begins, ends - last[:, None])
+        held = (first[:, None] >= begins) & (first[:, None] < ends)
+        window = np.where(held, distance, np.iinfo(np.int64).min).argmax(1)
+        wanted[features.starts[row + window] + 1 + first - begins[window]] = spoken
+        row += len(begins)
+    assert row == len(features)
+    assert features.words.tolist() == wanted.tolist()
+
+
+def test_a_very_long_text_of_words_takes_memory_in_its_length(tokenizer):
+    def peak(count):
+        dataset = {"tokens": [["river"] * count]}
+        tracemalloc.start()
+        features = make_features(
+            "token_classification", dataset, pieces, max_length=64, stride=16, labelled=False
+        )
+        assert np.count_nonzero(features.words >= 0) == count
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    pieces = Pieces(tokenizer)
+    peak(100)
+    assert peak(40_000) < 6 * peak(10_000)
+
+
 @few
 @given(st.data())
 def test_labelled_tokens_are_the_answer(bert, data):
@@ -316,6 +370,16 @@ def test_the_tokenizer_is_left_as_it_was(tokenizer):
     after = json.loads(tokenizer.backend_tokenizer.to_str())
     assert after == json.loads(before)
     assert after["truncation"] is not None and after["padding"] is not None
+
+
+def test_pieces_that_are_kept_give_the_same_rows(bert):
+    dataset = {"text": ["the river", "unbelievable"], "text_pair": ["at", ""]}
+    pieces = Pieces(bert)
+    for _ in range(2):
+        kept = make_features("sequence_classification", dataset, pieces, max_length=16, labelled=False)
+        made = make_features("sequence_classification", dataset, bert, max_length=16, labelled=False)
+        assert rows(kept) == rows(made) and kept.pad_token_id == made.pad_token_id
+    assert kept.lengths is kept.lengths and kept.lengths.tolist() == [6, 6]
 
 
 def test_a_batch_of_sequences(tokenizer):

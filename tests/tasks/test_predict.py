@@ -1,6 +1,7 @@
 """Predictions of every head: against transformers' pipelines, over odd inputs, and from the command line."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -24,9 +25,12 @@ from distiljax.errors import UserError
 from distiljax.nn import EncoderConfig, HeadConfig, MaskedLM, TaskModel
 from distiljax.tasks import predict as prediction
 from distiljax.tasks import stream
+from distiljax.tasks.features import Pieces
 from distiljax.tasks.inputs import split_words
 from distiljax.tasks.predict import predict
 from distiljax.tasks.show import print_results
+from distiljax.train.checkpoint import Checkpointer
+from distiljax.train.run import write_model, write_tokenizer
 
 WORDS = re.findall(
     r"\w+",
@@ -337,6 +341,33 @@ def test_an_endless_stream_is_answered_in_order_by_few_programs(models, small, m
         assert one["labels"][0]["score"] == pytest.approx(other["labels"][0]["score"], abs=1e-5)
 
 
+@pytest.fixture
+def tokenised(monkeypatch):
+    """What `make_features` was called with: the tokenizer or its pieces, and the number of examples."""
+    calls, make = [], prediction.make_features
+
+    def noted(kind, dataset, tokenizer, **options):
+        calls.append((tokenizer, len(next(iter(dataset.values())))))
+        return make(kind, dataset, tokenizer, **options)
+
+    monkeypatch.setattr(prediction, "make_features", noted)
+    return calls
+
+
+def test_pairs_among_single_texts_are_tokenised_together(ask, tokenised):
+    texts = sentences(64, seed=15, longest=20)
+    inputs = [
+        {"text": a, "text_pair": b} if n % 3 else a for n, (a, b) in enumerate(itertools.pairwise(texts))
+    ]
+    results = ask("labels", inputs, batch_size=16)
+    assert [count for _, count in tokenised] == [42, 21]
+    assert len({id(pieces) for pieces, _ in tokenised}) == 1 and isinstance(tokenised[0][0], Pieces)
+    for given, result in list(zip(inputs, results, strict=True))[::20]:
+        (alone,) = ask("labels", [given])
+        assert alone["labels"][0]["label"] == result["labels"][0]["label"]
+        assert alone["labels"][0]["score"] == pytest.approx(result["labels"][0]["score"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "words"),
     [
@@ -470,6 +501,28 @@ def test_what_a_person_sees(command):
     )
     lines, _ = command("answers", "--question=who", "--no_answer=-1000000", "the river")
     assert lines[0] == "who" and "(no answer)" in lines[1]
+
+
+def test_a_run_on_questions_without_answers_may_give_none(models, small, tmp_path, capsys):
+    module, params, _ = models["answers"]
+    write_tokenizer(tmp_path, small)
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save_best(1, params, {})
+    checkpoints.close()
+    contexts = sentences(40, seed=16, longest=2)
+
+    def texts(task, *flags):
+        head, encoder = dataclasses.asdict(module.head), dataclasses.asdict(module.config)
+        write_model(tmp_path, kind="finetune", task=task, head=head, encoder=encoder)
+        assert main(["predict", f"--model={tmp_path}", "--json", "--question=who", *flags, *contexts]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [json.loads(line)["answers"][0]["text"] for line in lines]
+
+    answers = texts("squad")
+    assert all(answers)
+    maybe = texts("squad_v2")
+    assert maybe == texts("squad", "--no_answer=0") and 0 < sum(map(bool, maybe)) < len(maybe)
+    assert texts("squad_v2", "--no_answer=inf") == answers
 
 
 @pytest.mark.parametrize("flag", ["--question=who", "--text_pair=the river"])

@@ -60,12 +60,13 @@ def test_another_config_or_kind_is_refused(workdir):
 def test_a_start_that_came_to_nothing_leaves_no_data(workdir):
     with run.open_run(workdir, config(), "distill") as path:
         with storage.writing(path / "data" / "train") as directory:
-            (directory / "rows").write_text("rows")
+            (directory / "metadata.json").write_text("{}")
+        storage.write_text(path / "data" / "mine.txt", "of the user's")
         storage.write_text(path / "other", "kept")
     with run.open_run(workdir, config(batch_size=16), "distill"):
-        assert storage.names(path / "data") == ["train"]
+        assert sorted(storage.names(path / "data")) == ["mine.txt", "train"]
     with run.open_run(workdir, config(data={"source": "docstrings", "seq_len": 64}), "distill"):
-        assert storage.names(path / "data") == [] and (path / "other").exists()
+        assert storage.names(path / "data") == ["mine.txt"] and (path / "other").exists()
 
 
 def test_damaged_json_is_named(workdir):
