@@ -21,7 +21,7 @@ def keep_programs() -> None:
     cache = os.environ.get("DISTILJAX_CACHE") or os.path.expanduser("~/.cache/distiljax")
     # Programs for CPUs use what this very CPU can do, and home directories are shared.
     kind = hashlib.sha256(f"{platform.machine()} {_features()}".encode()).hexdigest()[:12]
-    place = os.path.join(os.path.abspath(cache), "programs-2", kind)
+    place = os.path.join(os.path.abspath(cache), "programs", kind)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = place  # JAX looks when it is imported
     limit = int(os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAX_BYTES)))
     if "jax" in sys.modules:

@@ -102,7 +102,14 @@ def test_bad_arguments_are_one_line(ablation, argument, tmp_path, capsys):
     assert argument.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_whole_program(ablation, tokenizer, corpus_file, tmp_path, capsys):
+def test_told_to_stop_it_ends_as_a_command_does(ablation, capsys):
+    assert ablation["stopped"]() == 0
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_the_whole_program(ablation, tokenizer, corpus_file, tmp_path, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr("distiljax.programs.keep_programs", lambda: kept.append(True))
     config = distiljax.EncoderConfig(
         vocab_size=vocabulary_size(tokenizer),
         hidden_size=16,
@@ -138,6 +145,7 @@ def test_the_whole_program(ablation, tokenizer, corpus_file, tmp_path, capsys):
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     with compiling.in_haste():
         assert ablation["main"](arguments) == 0
+        assert kept  # the compiled programs, for the next start
         printed = capsys.readouterr().out
         results = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
         assert ablation["main"](arguments) == 0  # nothing is done again
