@@ -23,7 +23,7 @@ from distiljax.train import distributed, storage
 from distiljax.train.checkpoint import LAST, checkpoint_step
 from distiljax.train.load import load_tokenizer
 from distiljax.train.progress import stage
-from distiljax.train.run import machine
+from distiljax.train.run import CONFIG, MODEL, machine
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,10 @@ def compare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     """
     models = model_paths(config.models)
     path = storage.as_path(workdir)
+    if held := {MODEL, CONFIG} & set(storage.names(path)):
+        raise UserError(
+            f"workdir {path} holds a run or a model ({', '.join(sorted(held))}); give a directory of its own"
+        )
     fits = plan_fits(config, models, path)
     for model in models.values():
         load_tokenizer(model)  # what is wrong shows now, not after the first models' runs
@@ -165,11 +169,12 @@ def plan_fits(config: ConfigDict, models: Mapping[str, str], workdir: Path) -> l
       UserError: no task or seed, an unknown one, a task without a folder in `data_root`, or an override that no run
         knows.
     """
-    names, seeds = _parts(config.tasks), list(config.seeds)
+    names = _parts(config.tasks)
+    seeds = list(config.seeds) if isinstance(config.seeds, (list, tuple)) else [config.seeds]
     tasks = {name: find_task(name) for name in names}
     if not names or len(tasks) != len(names):
         raise UserError(f"tasks is {', '.join(names) or 'empty'}; expected one or more, each once")
-    if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+    if not seeds or len(set(seeds)) != len(seeds) or not all(map(_is_seed, seeds)):
         raise UserError(f"seeds is {tuple(seeds)}; expected one or more whole numbers, each once")
     if config.task_teacher and config.task_teacher not in models:
         raise UserError(f"task_teacher is {config.task_teacher!r}; expected one of {', '.join(models)}")
@@ -202,6 +207,10 @@ def plan_fits(config: ConfigDict, models: Mapping[str, str], workdir: Path) -> l
     return fits
 
 
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _task_config(config: ConfigDict, task: str) -> ConfigDict:
     """The config of the runs on a task, all but the model and the seed."""
     run = finetune_config()
@@ -222,6 +231,8 @@ def _update(config: ConfigDict, changes: Any, where: str) -> None:
     Raises:
       UserError: a key that it does not know, or a value of another type.
     """
+    if not isinstance(changes, (Mapping, ConfigDict)):
+        raise UserError(f"{where} is {changes!r}; expected settings by their names")
     for key, value in changes.items():
         if key not in config or (where.startswith("overrides") and key in COMPARED):
             known = ", ".join(known for known in config if known not in COMPARED)
@@ -242,5 +253,7 @@ def _folder(name: str) -> str:
 
 def _parts(values: Any) -> list[str]:
     """The parts of a text with commas, or of several."""
+    if not isinstance(values, (str, list, tuple, type(None))):
+        raise UserError(f"{values!r} stands where names are expected, such as a,b")
     texts = [values] if isinstance(values, str) else list(values or ())
     return [part.strip() for text in texts for part in str(text).split(",") if part.strip()]
