@@ -455,7 +455,7 @@ def test_models_that_are_not_named_well_are_one_line(models):
         ({"tasks": ("sst3",)}, "task is 'sst3'; expected one of cola"),
         ({"tasks": ("sst2,rte",)}, "has no folder 'rte'; it has sst2"),
         ({"seeds": ()}, "seeds is ()"),
-        ({"seeds": ("a",)}, "seeds is (.a.,)"),
+        ({"seeds": ("a",)}, "seeds is ('a',)"),
         ({"seeds": (True,)}, "seeds is (True,)"),
         ({"seeds": (0, 0)}, "each once"),
         ({"task_teacher": "bert"}, "task_teacher is 'bert'; expected one of teacher, student"),
