@@ -470,8 +470,10 @@ def _export(values: Flags, rest: list[str]) -> int:
     if not distributed.first():
         return 0
     from distiljax.hub.heads import auto_class
+    from distiljax.train.run import read_json
 
-    print(f'wrote {path}; in Python: transformers.{auto_class(path)}.from_pretrained("{path}")')
+    loader = auto_class(read_json(path / "config.json") or {})
+    print(f'wrote {path}; in Python: transformers.{loader}.from_pretrained("{path}")')
     return 0
 
 

@@ -114,6 +114,10 @@ class RowLoader:
           UserError: there is no corpus, it has fewer rows than a batch, the batch does not divide by the
             processes, or the weights do not fit the sources.
         """
+        # While grain is imported, the import statements of all threads are etils' lazy ones: batches are read in a thread,
+        # and what the main thread traces meanwhile must not import through these.
+        import grain  # noqa: F401
+
         _check_divides(batch_size, process_count)
         self.metadata = Metadata.load(directory)
         self.directory = directory

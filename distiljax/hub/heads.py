@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from distiljax.errors import UserError
-from distiljax.hub import files, names
+from distiljax.hub import names
 from distiljax.nn import EncoderConfig, HeadConfig
 from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS, MaskedLMHead, TaskHead
 
@@ -39,9 +37,9 @@ def architecture(config: EncoderConfig, head: str | None) -> str:
     return _PREFIXES[config.model_type] + _CLASSES[head]
 
 
-def auto_class(directory: str | os.PathLike[str]) -> str:
-    """The class of transformers to load an exported model by, such as AutoModelForMaskedLM."""
-    (name,) = files.read_config(Path(directory))["architectures"]
+def auto_class(hf_config: Mapping[str, Any]) -> str:
+    """The class of transformers to load a model of this config.json by, such as AutoModelForMaskedLM."""
+    (name,) = hf_config["architectures"]
     return (
         "Auto"
         + "Model" * (not str(name).endswith("Model"))

@@ -57,6 +57,8 @@ class TaskLoader:
         Raises:
           UserError: no rows, or a batch that does not divide by the processes.
         """
+        import grain  # noqa: F401, here and not in the thread that reads, as in RowLoader
+
         if not len(features):
             raise UserError("no training example is left; check data.train and data.max_train_examples")
         if batch_size < 1 or batch_size % process_count:

@@ -21,7 +21,6 @@ def start_processes(arguments, count, devices=1, lost_after=20, each=None):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "HF_HUB_OFFLINE": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }

@@ -56,7 +56,7 @@ shapes = st.builds(
 )
 
 
-@given(shapes, st.integers(1, 4), st.floats(1e-15, 1), st.booleans())
+@given(shapes, st.integers(1, 4), st.floats(1e-15, 1, exclude_max=True), st.booleans())
 def test_bert_round_trip(shape, token_types, eps, pooler):
     config = EncoderConfig(**shape, type_vocab_size=token_types, layer_norm_eps=eps, pooler=pooler)
     assert config.model_type == "bert"
