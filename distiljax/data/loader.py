@@ -114,8 +114,8 @@ class RowLoader:
           UserError: there is no corpus, it has fewer rows than a batch, the batch does not divide by the
             processes, or the weights do not fit the sources.
         """
-        # While grain is imported, the import statements of all threads are etils' lazy ones: batches are read in a thread,
-        # and what the main thread traces meanwhile must not import through these.
+        # While grain is imported, the import statements of all threads are etils' lazy ones. Batches are read in a
+        # thread, and what the main thread traces meanwhile must not import through these.
         import grain  # noqa: F401
 
         _check_divides(batch_size, process_count)
