@@ -158,9 +158,9 @@ def test_the_update_does_not_depend_on_how_the_batch_is_split(finetune, columns,
     dropless = dict(columns, hidden_dropout=0.1, steps=4)
     finetune(tmp_path / "whole", "sequence_classification", **dropless)
     expected = parameters(tmp_path / "whole")
-    for name, changes in {"pmap": {"parallel__mode": "pmap"}, "micro": {"micro_batch_size": 1}}.items():
-        finetune(tmp_path / name, "sequence_classification", **dropless, **changes)
-        assert_close(parameters(tmp_path / name), expected, 1e-5)
+    changes = {"parallel__mode": "pmap", "micro_batch_size": 1}
+    finetune(tmp_path / "split", "sequence_classification", **dropless, **changes)
+    assert_close(parameters(tmp_path / "split"), expected, 1e-5)
 
 
 def test_a_teacher_of_the_task_is_learnt_from(classified, finetune, columns, tmp_path):
@@ -172,12 +172,13 @@ def test_a_teacher_of_the_task_is_learnt_from(classified, finetune, columns, tmp
     assert not (tmp_path / "live" / "teacher_logits.npz").exists()
     assert_close(parameters(tmp_path / "cached"), parameters(tmp_path / "live"), 1e-5)
     assert live["best"]["loss"] == pytest.approx(cached["best"]["loss"], rel=1e-4)
-    alone = finetune(tmp_path / "alone", "sequence_classification", **dict(columns, steps=4))
-    assert alone["best"]["loss"] != pytest.approx(cached["best"]["loss"], rel=1e-3)
     log = [json.loads(line) for line in (tmp_path / "cached" / "metrics.jsonl").read_text().splitlines()]
-    assert all(
-        {"loss_soft", "loss_label", "teacher_agreement"} <= r.keys() for r in log if r["split"] == "train"
-    )
+    trained = [record for record in log if record["split"] == "train"]
+    assert trained
+    # Both terms are learnt from, each with its weight of one.
+    for record in trained:
+        assert record["loss_soft"] > 0 and record["loss_label"] > 0
+        assert record["loss"] == pytest.approx(record["loss_soft"] + record["loss_label"], rel=1e-5)
 
 
 def test_two_processes_make_the_run_of_one(classified, finetune, columns, teacher, tmp_path):
