@@ -7,6 +7,7 @@ import errno
 import itertools
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,8 @@ class _Store:
         if self._failed:
             return
         self._failed = True
+        # Orbax leaves the writes that it had not begun; Python would say so whenever it collects them, even at exit.
+        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         kept = [step for step in self.manager.all_steps() if step != self._saving]
         log.warning(
             "CHECKPOINT %s COULD NOT BE SAVED to %s: %s; training goes on, and the newest checkpoint is %s",
