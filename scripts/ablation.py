@@ -84,7 +84,6 @@ def comparison(args: argparse.Namespace, variants: Sequence[str]) -> ConfigDict:
     config.finetune.optimizer.peak_lr, config.finetune.dtype = args.task_lr, args.dtype
     config.finetune.data.max_train_examples = args.task_examples
     config.finetune.data.max_length = args.seq_len
-    config.finetune.data.stride = min(config.finetune.data.stride, args.seq_len // 4)
     return config
 
 

@@ -88,7 +88,7 @@ def run_jax(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any]:
         "seconds": facts["tokens"] / read_metrics(workdir)["train"]["tokens_per_second"][-1][1],
         "once_seconds": union(spans),
         "metrics": facts["validation"],
-        **{key: facts[key] for key in ("steps", "start", "machine")},
+        **{key: facts[key] for key in ("steps", "machine")},
     }
 
 
@@ -133,7 +133,6 @@ def run_torch(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any
         data_collator=lambda examples: tensors(model, train, [example["row"] for example in examples]),
         callbacks=[Clock()],
     )
-    before = score(predict(model, held_out, args.bf16))
     trainer.train()
     steps = np.diff(clock)
     return {
@@ -141,7 +140,6 @@ def run_torch(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any
         # What PyTorch loads when it is first asked.
         "once_seconds": max(0.0, float(steps[0] - np.median(steps))),
         "steps": trainer.state.global_step,
-        "start": before,
         "metrics": score(predict(model, held_out, args.bf16)),
         "machine": f"{model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
@@ -224,12 +222,12 @@ def call(part: str, start: Path, seed: int) -> dict[str, Any]:
 
 def markdown(args: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> str:
     """A table of the first metric for each seed, and of the medians and ranges of everything."""
-    metrics = [name for name in runs[0]["start"] if name not in ("loss", "step")]
+    torch_run = next(run for run in runs if run["side"] == "torch")
+    metrics = list(torch_run["metrics"])
 
     def figures(run: dict[str, Any]) -> dict[str, float]:
         training = run["seconds"] - run["once_seconds"]
         return {f"{name}, %": 100 * run["metrics"][name] for name in metrics} | {
-            f"{metrics[0]} before training, %": 100 * run["start"][metrics[0]],
             "s per epoch": training / args.epochs,
             "s per epoch with what is done once": run["seconds"] / args.epochs,
             "done once (compilation; the first step's excess), s per run": run["once_seconds"],
@@ -261,7 +259,7 @@ def main() -> int:
     parser.add_argument("--data", default="", help="the data set; the preset's on the hub by default")
     parser.add_argument("--model", required=True, help="to start from")
     numbers = {"seeds": 3, "examples": 0, "eval_examples": 0, "epochs": 3.0, "batch_size": 32, "lr": 5e-5}
-    for name, default in (numbers | {"max_length": 384, "stride": 128}).items():
+    for name, default in (numbers | {"max_length": 384, "stride": -1}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{default} by default")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, the Trainer by autocast")
     parser.add_argument("--json", default="", help="a file for everything that was measured")
@@ -288,9 +286,9 @@ def main() -> int:
                 runs.append({"side": side, "seed": seed, **call(side, start, seed)})
                 scores = ", ".join(f"{name} {value:.4f}" for name, value in runs[-1]["metrics"].items())
                 print(f"seed {seed}, {SIDES[side]}: {runs[-1]['seconds']:.1f} s, {scores}", file=sys.stderr)
-    print(markdown(args, runs))
     if args.json:
         Path(args.json).write_text(json.dumps({"settings": vars(args), "runs": runs}, indent=2) + "\n")
+    print(markdown(args, runs))
     return 0
 
 
