@@ -6,8 +6,9 @@
 For each seed both start from one and the same exported model, fresh head included, and train on the same rows of token
 ids with the same AdamW, schedule, clipping, dropout and batch size; each in the order that its own length-grouped
 sampler draws. The logits of both are scored by the same code. Each run has a process of its own, and which side goes
-first changes with the seed. Times are of training alone, without reading data, validation and checkpoints.
-`--examples` and `--eval_examples` take so many of the examples, 0 all.
+first changes with the seed. Times are of training, compilation
+included, without reading data, validation and checkpoints. `--examples` and `--eval_examples` take so
+many of the examples, 0 all.
 
 Prints Markdown for BENCHMARKS.md; `--json` keeps everything. The PyTorch side needs `torch` and `accelerate`.
 """
@@ -30,7 +31,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -42,7 +42,7 @@ from distiljax.tasks.features import Features
 from distiljax.tasks.finetune import task_features
 from distiljax.tasks.presets import find_task
 from distiljax.tasks.scoring import Scorer
-from distiljax.train.metrics import METRICS_FILE, read_metrics
+from distiljax.train.metrics import read_metrics
 
 SIDES = {"jax": "distiljax", "torch": "transformers Trainer"}
 EVAL_BATCH = 64
@@ -75,29 +75,12 @@ def run_start(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any
 def run_jax(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any]:
     """Fine-tunes by distiljax from what is in `start`."""
     config, workdir = settings(args, str(start), seed), start.with_name(f"{start.name}-run")
-    log, spans = workdir / METRICS_FILE, []
-
-    def listen(event: str, start_time: float, end_time: float, **_: Any) -> None:
-        # While it trains there is one record, that of the validation before.
-        if event.startswith("/jax/core/compile") and log.is_file() and log.read_bytes().count(b"\n") == 1:
-            spans.append((start_time, end_time))
-
-    jax.monitoring.register_event_time_span_listener(listen)
     facts = distiljax.finetune(config, workdir).facts
     return {
         "seconds": facts["tokens"] / read_metrics(workdir)["train"]["tokens_per_second"][-1][1],
-        "once_seconds": union(spans),
         "metrics": facts["validation"],
         **{key: facts[key] for key in ("steps", "machine")},
     }
-
-
-def union(spans: Sequence[tuple[float, float]]) -> float:
-    """Seconds that some spans cover; one may lie in another."""
-    covered, end = 0.0, -math.inf
-    for began, ended in sorted(spans):
-        covered, end = covered + max(0.0, ended - max(began, end)), max(end, ended)
-    return covered
 
 
 def run_torch(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any]:
@@ -137,8 +120,6 @@ def run_torch(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any
     steps = np.diff(clock)
     return {
         "seconds": float(steps.sum()),
-        # What PyTorch loads when it is first asked.
-        "once_seconds": max(0.0, float(steps[0] - np.median(steps))),
         "steps": trainer.state.global_step,
         "metrics": score(predict(model, held_out, args.bf16)),
         "machine": f"{model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -222,15 +203,11 @@ def call(part: str, start: Path, seed: int) -> dict[str, Any]:
 
 def markdown(args: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> str:
     """A table of the first metric for each seed, and of the medians and ranges of everything."""
-    torch_run = next(run for run in runs if run["side"] == "torch")
-    metrics = list(torch_run["metrics"])
+    metrics = list(next(run for run in runs if run["side"] == "torch")["metrics"])
 
     def figures(run: dict[str, Any]) -> dict[str, float]:
-        training = run["seconds"] - run["once_seconds"]
         return {f"{name}, %": 100 * run["metrics"][name] for name in metrics} | {
-            "s per epoch": training / args.epochs,
-            "s per epoch with what is done once": run["seconds"] / args.epochs,
-            "done once (compilation; the first step's excess), s per run": run["once_seconds"],
+            "s per epoch, compilation included": run["seconds"] / args.epochs,
             "peak memory of the process, GB": run["peak_bytes"] / 1e9,
         }
 
