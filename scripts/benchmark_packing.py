@@ -20,7 +20,7 @@ import numpy as np
 import distiljax
 from distiljax.data import Metadata, RowLoader
 from distiljax.distill.masking import MaskedRows, Masking, mask_tokens, masking_weights
-from distiljax.distill.step import Models, Recipe, distillation_terms, term_means
+from distiljax.distill.step import Distillation, Models, Recipe, distillation_loss, term_means
 from distiljax.distill.student import student_of
 from distiljax.hub import vocabulary_size
 
@@ -64,13 +64,15 @@ def main() -> None:
     weights = jnp.asarray(masking_weights(counts, tokenizer.all_special_ids, 0.7))
     masking = Masking(mask_token_id=tokenizer.mask_token_id, vocab_size=vocabulary_size(tokenizer))
     batch = jax.device_put(next(iter(RowLoader(arguments.data, arguments.rows, seed=0))))
+    recipe = Recipe()
     packed = mask_tokens(jax.random.split(jax.random.key(0), arguments.rows), batch, weights, masking)
     padded = unpacked(packed)
 
     def loss(params: object, rows: MaskedRows) -> tuple[jax.Array, dict[str, jax.Array]]:
-        terms = distillation_terms(models, Recipe(), params, teacher_params, rows, None)
-        metrics = term_means(Recipe(), terms)
-        return metrics["loss"], metrics
+        counts = Distillation(models, recipe, masking).counts(rows)
+        scales = {name: weight / counts[name] for name, weight in recipe.weighted().items()}
+        value, terms = distillation_loss(models, recipe, params, teacher_params, rows, None, scales)
+        return value, term_means(recipe, terms)
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     metrics: dict[str, dict[str, float]] = {}

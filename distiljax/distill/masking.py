@@ -55,7 +55,7 @@ class MaskedRows(NamedTuple):
       input_ids: int32 [B, S], what the models see.
       segment_ids: int32 [B, S]; 0 = padding.
       positions: int32 [B, S]; restart at 0 in each segment.
-      masked_positions: int32 [B, K], columns of the tokens to predict.
+      masked_positions: int32 [B, K], columns of the tokens to predict; in a row they are distinct, fillers too.
       labels: int32 [B, K], the tokens that stood there.
       masked_weights: float32 [B, K], 1 for real entries, 0 for filler.
     """

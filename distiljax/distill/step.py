@@ -15,16 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from distiljax.distill.losses import (
-    Term,
-    agreement,
-    cosine_loss,
-    logit_mse_loss,
-    masked_lm_loss,
-    soft_target_loss,
-)
+from distiljax.distill.losses import Term, cosine_loss
 from distiljax.distill.masking import MaskedRows, Masking, mask_tokens
+from distiljax.distill.vocab_loss import Targets, vocabulary_losses
 from distiljax.nn import MaskedLM
+from distiljax.nn.heads import Decoder
 from distiljax.nn.linear import einsum
 from distiljax.train.parallel import AXIS
 from distiljax.train.state import TrainState
@@ -53,8 +48,18 @@ class Objective(Protocol):
     def counts(self, rows: Any) -> dict[str, Array]:
         """How much each term of the loss runs over; known before any forward pass."""
 
-    def terms(self, params: Params, frozen: Params, rows: Any, dropout_keys: Array | None) -> dict[str, Term]:
-        """Every loss term and metric over some of the rows."""
+    def loss_and_terms(
+        self,
+        params: Params,
+        frozen: Params,
+        rows: Any,
+        dropout_keys: Array | None,
+        scales: Mapping[str, Array],
+    ) -> tuple[Array, dict[str, Term]]:
+        """The loss over some of the rows, its terms' sums times their scales, and every term and metric.
+
+        Only the loss is to be differentiated; the terms are for the log.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,30 +134,42 @@ class Distillation:
         logits = masked if self.recipe.ce_positions == "masked" else tokens
         return {"ce": logits, "mse": logits, "mlm": masked, "cos": tokens}
 
-    def terms(
-        self, params: Params, frozen: Params, rows: MaskedRows, dropout_keys: Array | None
-    ) -> dict[str, Term]:
-        return distillation_terms(self.models, self.recipe, params, frozen["teacher"], rows, dropout_keys)
+    def loss_and_terms(
+        self,
+        params: Params,
+        frozen: Params,
+        rows: MaskedRows,
+        dropout_keys: Array | None,
+        scales: Mapping[str, Array],
+    ) -> tuple[Array, dict[str, Term]]:
+        teacher = frozen["teacher"]
+        return distillation_loss(self.models, self.recipe, params, teacher, rows, dropout_keys, scales)
 
 
-def distillation_terms(
+def distillation_loss(
     models: Models,
     recipe: Recipe,
     params: Params,
     teacher_params: Params,
     rows: MaskedRows,
     dropout_keys: Array | None,
-) -> dict[str, Term]:
-    """Every loss term and metric over some masked rows.
+    scales: Mapping[str, Array],
+) -> tuple[Array, dict[str, Term]]:
+    """The loss over some masked rows, to be differentiated with respect to `params`, and its terms.
+
+    Args:
+      models, recipe: what is trained on what.
+      params, teacher_params: the teacher's are not read without a teacher.
+      rows: B of them.
+      dropout_keys: of the student [B]; None for evaluation.
+      scales: of each of the recipe's terms: what its sum is multiplied by in the loss, its weight over its count.
 
     Returns:
-      The recipe's terms, and `mlm_accuracy` and (with a teacher) `teacher_agreement` at the masked positions.
+      The loss, and the recipe's terms with `mlm_accuracy` and (with a teacher) `teacher_agreement` at the masked
+      positions.
     """
 
-    def gather(hidden: Array) -> Array:  # [B, S, E] → [B, K, E]
-        return jnp.take_along_axis(hidden, rows.masked_positions[..., None], axis=1)
-
-    def run(module: MaskedLM, params: Params, keys: Array | None) -> tuple[Array, Callable[[Array], Array]]:
+    def run(module: MaskedLM, params: Params, keys: Array | None) -> tuple[Array, Decoder]:
         variables = {"params": params}
         hidden: Any = module.apply(
             variables,
@@ -162,40 +179,41 @@ def distillation_terms(
             dropout_keys=keys,
             method="encode",
         )
+        decoded = hidden if everywhere else jnp.take_along_axis(hidden, rows.masked_positions[..., None], 1)
+        decoder: Any = module.apply(variables, decoded, method="decoder")
+        return hidden, decoder
 
-        def decode(hidden: Array) -> Any:
-            return module.apply(variables, hidden, method="decode")
+    # Without soft targets at all positions only the masked ones are decoded.
+    soft = models.teacher is not None and (recipe.ce or recipe.mse)
+    everywhere = soft and recipe.ce_positions == "all"
+    masked = Targets(rows.labels, rows.masked_weights, rows.masked_weights)
+    targets = targets_everywhere(rows) if everywhere else masked
 
-        return hidden, decode
-
-    student_hidden, student_decode = run(models.student, params, dropout_keys)
-    student_masked = student_decode(gather(student_hidden))  # [B, K, V]
-    terms = {"mlm": masked_lm_loss(student_masked, rows.labels, rows.masked_weights)}
-    terms["mlm_accuracy"] = agreement(student_masked, rows.labels, rows.masked_weights)
-    if models.teacher is None:
-        return terms
-
-    # The teacher reads the same masked rows, without dropout and without a gradient.
-    teacher_hidden, teacher_decode = run(models.teacher, lax.stop_gradient(teacher_params), None)
-    teacher_masked = teacher_decode(gather(teacher_hidden))
-    terms["teacher_agreement"] = agreement(student_masked, teacher_masked.argmax(-1), rows.masked_weights)
-
-    if recipe.ce or recipe.mse:
-        if recipe.ce_positions == "masked":
-            logits = (student_masked, teacher_masked, rows.masked_weights)
-        else:
-            logits = (student_decode(student_hidden), teacher_decode(teacher_hidden), rows.token_weights)
-        if recipe.ce:
-            terms["ce"] = soft_target_loss(*logits, recipe.temperature)
-        if recipe.mse:
-            terms["mse"] = logit_mse_loss(*logits)
-    if recipe.cos:
+    hidden, decoder = run(models.student, params, dropout_keys)
+    teacher_hidden = teacher_decoder = None
+    if models.teacher is not None:
+        # The teacher reads the same masked rows, without dropout and without a gradient.
+        teacher_hidden, teacher_decoder = run(models.teacher, lax.stop_gradient(teacher_params), None)
+    of_vocabulary = {name: scale for name, scale in scales.items() if name != "cos"}
+    loss, terms = vocabulary_losses(
+        decoder, teacher_decoder, targets, of_vocabulary, temperature=recipe.temperature
+    )
+    if recipe.cos and teacher_hidden is not None:
         if PROJECTION in params:  # a student narrower than its teacher
-            student_hidden = einsum(
-                "bsi,io->bso", student_hidden, params[PROJECTION]["kernel"], models.student.dtype
-            )
-        terms["cos"] = cosine_loss(student_hidden, teacher_hidden, rows.token_weights)
-    return terms
+            hidden = einsum("bsi,io->bso", hidden, params[PROJECTION]["kernel"], models.student.dtype)
+        terms["cos"] = cosine_loss(hidden, teacher_hidden, rows.token_weights)
+        loss += scales["cos"] * terms["cos"].sum
+    return loss, lax.stop_gradient(terms)
+
+
+def targets_everywhere(rows: MaskedRows) -> Targets:
+    """What the logits of all positions [B, S] are held against."""
+
+    def spread(values: Array) -> Array:  # [B, K] → [B, S]
+        empty = jnp.zeros(rows.input_ids.shape, values.dtype)
+        return jax.vmap(lambda row, at, x: row.at[at].set(x))(empty, rows.masked_positions, values)
+
+    return Targets(spread(rows.labels), spread(rows.masked_weights), rows.token_weights)
 
 
 def example_keys(seed: int | Array, step: Array, first: Array, count: int) -> Array:
@@ -235,11 +253,10 @@ def make_train_step(
 
         # Each term is divided by its count over the global batch, so micro-batches simply add up.
         counts = lax.psum(objective.counts(rows), AXIS)
-        counts = jax.tree.map(lambda count: jnp.maximum(count, 1.0), counts)
+        scales = {name: weight / jnp.maximum(counts[name], 1.0) for name, weight in weights.items()}
 
         def loss_fn(params: Params, rows: Any, dropout_keys: Array) -> tuple[Array, dict[str, Term]]:
-            terms = objective.terms(params, frozen, rows, dropout_keys)
-            return sum(weight * terms[name].sum / counts[name] for name, weight in weights.items()), terms
+            return objective.loss_and_terms(params, frozen, rows, dropout_keys, scales)
 
         def accumulate(gradients: Params, micro: tuple[Any, Array]) -> tuple[Params, dict[str, Term]]:
             gradient, terms = jax.grad(loss_fn, has_aux=True)(state.params, *micro)
@@ -286,7 +303,9 @@ def make_eval_step(
         keys = example_keys(seed, jnp.zeros((), jnp.int32), first + lax.axis_index(AXIS) * b, b)
         row_keys, _ = split_keys(keys)
         rows = objective.rows(row_keys, frozen, batch)
-        return lax.psum(objective.terms(params, frozen, rows, None), AXIS)
+        scales = {name: jnp.asarray(weight) for name, weight in objective.weighted().items()}
+        _, terms = objective.loss_and_terms(params, frozen, rows, None, scales)
+        return lax.psum(terms, AXIS)
 
     return step
 

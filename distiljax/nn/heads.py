@@ -40,20 +40,41 @@ class MaskedLMOutput:
     pooled: Array | None = None
 
 
+@struct.dataclass
+class Decoder:
+    """The last product of a masked language model, not carried out: logits = states · embeddingᵀ + bias.
+
+    Attributes:
+      states: [..., E], what the head makes of hidden states.
+      embedding: float32 [V, E], the word embeddings.
+      bias: float32 [V].
+      dtype: compute dtype of the product.
+    """
+
+    states: Array
+    embedding: Array
+    bias: Array
+    dtype: DType = struct.field(pytree_node=False, default=jnp.float32)
+
+    def logits(self) -> Array:
+        """float32 [..., V]."""
+        axes = "abcd"[: self.states.ndim - 1]
+        return einsum(f"{axes}e,ve->{axes}v", self.states, self.embedding, self.dtype) + self.bias
+
+
 class MaskedLMHead(nn.Module):
-    """Transform, then decode with the word embeddings (Devlin et al. 2019, task 1): [..., E] → [..., V]."""
+    """Transform, then decode with the word embeddings (Devlin et al. 2019, task 1): [..., E] → `Decoder`."""
 
     config: EncoderConfig
     dtype: DType = jnp.float32
 
     @nn.compact
-    def __call__(self, hidden: Array, word_embedding: Array) -> Array:
+    def __call__(self, hidden: Array, word_embedding: Array) -> Decoder:
         config = self.config
         x = Dense(config.hidden_size, self.dtype, config.initializer_range, name="transform")(hidden)
         x = LayerNorm(config.layer_norm_eps, self.dtype, name="norm")(ACTIVATIONS[config.activation](x))
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,))
-        axes = "abcd"[: x.ndim - 1]
-        return einsum(f"{axes}e,ve->{axes}v", x, word_embedding, self.dtype) + bias
+        return Decoder(x, word_embedding, bias, self.dtype)
 
 
 class MaskedLM(nn.Module):
@@ -62,13 +83,19 @@ class MaskedLM(nn.Module):
     `module.apply({"params": params}, input_ids, attention_mask=…)` gives a `MaskedLMOutput`; the arguments are
     those of `Encoder.__call__`. `method="encode"` stops at the encoder's output and `method="decode"` goes from
     hidden states to logits, for callers that need the logits of a few positions only.
+
+    Attributes:
+      config: the encoder's shape.
+      dtype, attention, remat: how it is computed, as in `Encoder`.
     """
 
     config: EncoderConfig
     dtype: DType = jnp.float32
+    attention: str = "auto"
+    remat: bool = False
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.attention, self.remat)
         self.head = MaskedLMHead(self.config, self.dtype)
 
     def __call__(self, input_ids: Array, *args: Any, **kwargs: Any) -> MaskedLMOutput:
@@ -83,6 +110,10 @@ class MaskedLM(nn.Module):
 
     def decode(self, hidden: Array) -> Array:
         """Vocabulary logits float32 [..., V] of hidden states [..., E]."""
+        return self.decoder(hidden).logits()
+
+    def decoder(self, hidden: Array) -> Decoder:
+        """What gives the vocabulary logits of hidden states [..., E], for losses that never hold all of them."""
         return self.head(hidden, self.encoder.word_embedding)
 
 
@@ -169,12 +200,14 @@ class TaskModel(nn.Module):
     Attributes:
       config: the encoder's shape, as `head.encoder_config` has it.
       head: the task.
-      dtype: compute dtype; parameters are float32 whatever it is.
+      dtype, attention, remat: how it is computed, as in `Encoder`; parameters are float32 whatever `dtype` is.
     """
 
     config: EncoderConfig
     head: HeadConfig
     dtype: DType = jnp.float32
+    attention: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -188,7 +221,7 @@ class TaskModel(nn.Module):
 
         The arguments are those of `Encoder.__call__`.
         """
-        encoder = Encoder(self.config, self.dtype, name="encoder")
+        encoder = Encoder(self.config, self.dtype, self.attention, self.remat, name="encoder")
         out = encoder(input_ids, attention_mask, token_type_ids, dropout_keys=dropout_keys)
         to_logits = TaskHead(self.config, self.head, self.dtype, name="head")
         return to_logits(out.last_hidden_state, out.pooled, dropout_keys)

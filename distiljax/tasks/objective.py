@@ -74,9 +74,14 @@ class FineTuning:
     def counts(self, rows: dict[str, Array]) -> dict[str, Array]:
         return {"label": self._labelled(rows).sum(), "soft": self._real(rows).sum()}
 
-    def terms(
-        self, params: Params, frozen: Params, rows: dict[str, Array], dropout_keys: Array | None
-    ) -> dict[str, Term]:
+    def loss_and_terms(
+        self,
+        params: Params,
+        frozen: Params,
+        rows: dict[str, Array],
+        dropout_keys: Array | None,
+        scales: Mapping[str, Array],
+    ) -> tuple[Array, dict[str, Term]]:
         logits = run(self.model, params, rows, dropout_keys)
         terms = self.label_terms(logits, rows)
         if self.loss.soft:
@@ -86,7 +91,8 @@ class FineTuning:
                 assert self.teacher is not None
                 teacher_logits = run(self.teacher, lax.stop_gradient(frozen["teacher"]), rows, None)
             terms |= self.soft_terms(logits, teacher_logits, rows)
-        return terms
+        loss = jnp.sum(jnp.stack([scale * terms[name].sum for name, scale in scales.items()]))
+        return loss, lax.stop_gradient(terms)
 
     def label_terms(self, logits: Array, rows: dict[str, Array]) -> dict[str, Term]:
         """The labels' loss and (but for regression) the accuracy."""

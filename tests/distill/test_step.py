@@ -17,7 +17,7 @@ from distiljax.distill.step import (
     Distillation,
     Models,
     Recipe,
-    distillation_terms,
+    distillation_loss,
     make_eval_step,
     make_train_step,
     term_means,
@@ -264,11 +264,17 @@ def test_a_narrower_student_learns_a_projection_for_the_cosine_term(models):
     rows = unmasked(batch(0))
 
     def cos(params):
-        terms = distillation_terms(Models(module, teacher), Recipe(), params, teacher_params, rows, None)
-        return terms["cos"].sum
+        return loss_and_terms(Models(module, teacher), Recipe(0, 0), params, teacher_params, rows)[0]
 
     gradient = jax.grad(cos)(params)
     assert np.abs(gradient[PROJECTION]["kernel"]).max() > 0
+
+
+def loss_and_terms(networks, recipe, params, teacher_params, rows):
+    """The loss, each term divided by its own count, and the terms; without dropout."""
+    counts = Distillation(networks, recipe, MASKING).counts(rows)
+    scales = {name: weight / counts[name] for name, weight in recipe.weighted().items()}
+    return distillation_loss(networks, recipe, params, teacher_params, rows, None, scales)
 
 
 def unmasked(rows):
@@ -290,23 +296,19 @@ def test_zero_weight_terms_are_not_computed(models):
     teacher, teacher_params = models
     module, params = student_of(teacher, teacher_params)
     rows = unmasked(batch(0))
-    terms = distillation_terms(
-        Models(module, teacher), Recipe(ce=0, cos=0), params, teacher_params, rows, None
-    )
+    recipe = Recipe(ce=0, cos=0)
+    _, terms = loss_and_terms(Models(module, teacher), recipe, params, teacher_params, rows)
     assert set(terms) == {"mlm", "mlm_accuracy", "teacher_agreement"}
-    terms = distillation_terms(Models(module), Recipe(ce=0, cos=0), params, None, rows, None)
+    _, terms = loss_and_terms(Models(module), recipe, params, None, rows)
     assert set(terms) == {"mlm", "mlm_accuracy"}
 
 
 def test_a_student_equal_to_its_teacher_has_no_distillation_loss(models):
     teacher, teacher_params = models
     module, params = student_of(teacher, teacher_params, 4)
-    means = term_means(
-        Recipe(mse=1.0),
-        distillation_terms(
-            Models(module, teacher), Recipe(mse=1.0), params, teacher_params, unmasked(batch(0)), None
-        ),
-    )
+    recipe = Recipe(mse=1.0)
+    _, terms = loss_and_terms(Models(module, teacher), recipe, params, teacher_params, unmasked(batch(0)))
+    means = term_means(recipe, terms)
     assert abs(means["loss_ce"]) < 1e-5 and abs(means["loss_cos"]) < 1e-5 and abs(means["loss_mse"]) < 1e-5
     assert means["teacher_agreement"] == 1.0
 
@@ -322,8 +324,7 @@ def test_student_gradient_equals_pytorchs(models, ce_positions):
     recipe = Recipe(mse=0.05, ce_positions=ce_positions)
 
     def total(params):
-        terms = distillation_terms(Models(module, teacher), recipe, params, teacher_params, rows, None)
-        return sum(w * terms[n].sum / terms[n].count for n, w in recipe.weighted().items())
+        return loss_and_terms(Models(module, teacher), recipe, params, teacher_params, rows)[0]
 
     value, gradient = jax.value_and_grad(total)(params)
 
@@ -443,8 +444,8 @@ def test_packed_rows_give_the_loss_and_gradient_of_padded_ones_with_the_same_mas
     assert padded.masked_weights.sum() == packed.masked_weights.sum()
 
     def loss(params, rows):
-        metrics = term_means(recipe, distillation_terms(networks, recipe, params, teacher_params, rows, None))
-        return metrics["loss"], metrics
+        value, terms = loss_and_terms(networks, recipe, params, teacher_params, rows)
+        return value, term_means(recipe, terms) | {"differentiated": value}
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     gradients, metrics = zip(gradient(params, packed), gradient(params, padded), strict=True)

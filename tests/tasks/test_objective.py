@@ -112,9 +112,9 @@ def test_padding_and_fillers_reach_neither_loss_nor_gradient(name):
     teacher = jax.tree.map(lambda x: x + 0.1, params)
 
     def loss(params, rows):
-        terms = objective.terms(params, {"teacher": teacher}, rows, None)
-        weighted = objective.weighted()
-        return sum(weight * terms[key].sum / terms[key].count for key, weight in weighted.items())
+        counts = objective.counts(rows)
+        scales = {key: weight / counts[key] for key, weight in objective.weighted().items()}
+        return objective.loss_and_terms(params, {"teacher": teacher}, rows, None, scales)[0]
 
     run = jax.jit(jax.value_and_grad(loss))
     value, gradient = run(params, rows)
@@ -148,11 +148,12 @@ def test_logits_from_the_cache_are_the_teachers():
     objective, rows = make("answers"), batch("answers")
     params = jax.jit(objective.model.init)(jax.random.key(0), rows["input_ids"])["params"]
     teacher = jax.tree.map(lambda x: x + 0.1, params)
-    live = objective.terms(params, {"teacher": teacher}, rows, None)
+    _, live = objective.loss_and_terms(params, {"teacher": teacher}, rows, None, {"soft": 1.0})
     logits = objective.model.apply(
         {"params": teacher}, *(rows[key] for key in ("input_ids", "attention_mask", "token_type_ids"))
     )
-    cached = objective.terms(params, {"teacher": None}, {**rows, "teacher_logits": np.asarray(logits)}, None)
+    rows = {**rows, "teacher_logits": np.asarray(logits)}
+    _, cached = objective.loss_and_terms(params, {"teacher": None}, rows, None, {"soft": 1.0})
     assert float(live["soft"].sum) == pytest.approx(float(cached["soft"].sum), rel=1e-6)
     assert float(live["soft"].sum) > 0
 
