@@ -70,6 +70,9 @@ def shared_config() -> ConfigDict:
     optimizer.*                         AdamW: peak_lr, linear warm-up over warmup_fraction of the steps and linear
                                         decay to 0, b1, b2, eps, weight_decay (not on biases, LayerNorm), clip_norm
     dtype                               compute dtype, bfloat16 or float32; parameters are float32
+    attention                           auto, plain, or fused: in one kernel, cuDNN's on a GPU and splash attention on a
+                                        TPU, in bfloat16 and where no attention weights are dropped
+    remat                               keep less for the backward pass, which computes each layer again
     parallel.mode                       jit or pmap
     parallel.model                      devices that each hold a part of the teacher, where it is too large for one
     tokenizer                           hub name or directory; the model's own by default
@@ -111,6 +114,8 @@ def shared_config() -> ConfigDict:
     config.steps = 0
 
     config.dtype = "bfloat16"
+    config.attention = "auto"
+    config.remat = False
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"
     config.parallel.model = 1

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from distiljax.distill.step import PROJECTION, Distillation, Models, Objective, 
 from distiljax.distill.student import Params, student_of
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
-from distiljax.nn import EncoderConfig, MaskedLM
+from distiljax.nn import EncoderConfig, MaskedLM, kernels
+from distiljax.nn.linear import compute_params
 from distiljax.train import distributed, storage
 from distiljax.train.format import human_count
 from distiljax.train.load import from_pretrained, load_tokenizer
@@ -183,8 +184,11 @@ def _run(
         mask=config.masking.mask,
         random=config.masking.random,
     )
+    models, platform = with_kernels(config, models), parallel.mesh.devices.flat[0].platform
+    rows, spread = config.batch_size // parallel.devices // micro_batches, parallel.model > 1
     if not config.data_dir:
         _check_length(config.data.seq_len, models)
+        kernels_in_words(models, platform, rows, [config.data.seq_len], spread=spread)
     if distributed.first():
         write_tokenizer(path, tokenizer)
         write_model(
@@ -210,6 +214,7 @@ def _run(
 
     loader = batches(0)  # refuses a corpus of less than one batch
     _check_length(metadata.seq_len, models)
+    attention = kernels_in_words(models, platform, rows, [metadata.seq_len], spread=spread)
     total_steps = config.steps or loader.steps(config.epochs)
     counts = full_counts(metadata.token_counts(train_rows), models.student.config.vocab_size)
     weights, eval_weights = (
@@ -218,13 +223,16 @@ def _run(
     )
     if kind == "pretrain" and _is_fresh(params["head"]):
         params["head"]["bias"] = unigram_bias(counts * weights)
-    placed_teacher = parallel.place_teacher(teacher_params)
+    placed_teacher = parallel.place_teacher(
+        compute_params(teacher_params, (models.teacher or models.student).dtype)
+    )
     frozen = {"teacher": placed_teacher, "masking_weights": parallel.replicate(weights)}
     eval_frozen = {"teacher": placed_teacher, "masking_weights": parallel.replicate(eval_weights)}
 
     objective = Distillation(models, recipe, masking)
     evaluator = Evaluator(objective, parallel, config.eval.batch_size or config.batch_size // micro_batches)
     log_start(config, kind, models, params, parallel)
+    log.info("attention: %s", attention)
     log_steps(config, total_steps, micro_batches, loader.steps_per_epoch, loader.num_rows)
     outcome = fit(
         config,
@@ -298,6 +306,39 @@ def fit(
         step=lambda state, rows: step(state, frozen, rows),
         **data,
     )
+
+
+def with_kernels(config: ConfigDict, models: Any) -> Any:
+    """The student and the teacher with the run's choice of attention kernels, the student with its `remat`."""
+    changes = {"student": models.student.clone(attention=config.attention, remat=config.remat)}
+    if models.teacher is not None:
+        changes["teacher"] = models.teacher.clone(attention=config.attention)
+    return dataclasses.replace(models, **changes)
+
+
+def kernels_in_words(
+    models: Any,
+    platform: str,
+    rows: int,
+    seq_lens: Sequence[int],
+    *,
+    capable: bool | None = None,
+    spread: bool = False,
+) -> str:
+    """Which kernels compute the attention of student and teacher on so many rows of these lengths, and why.
+
+    `platform`, `capable` and `spread` are those of `kernels.choose`.
+
+    Raises:
+      UserError: `attention` is unknown, or is fused where it cannot be.
+    """
+    options = {"platform": platform, "rows": rows, "seq_lens": seq_lens, "capable": capable, "spread": spread}
+    kernel, why = checked(kernels.choose_for, models.student, training=True, **options)
+    words = [f"student {kernel} ({why})"]
+    if models.teacher is not None:
+        kernel, why = checked(kernels.choose_for, models.teacher, training=False, **options)
+        words.append(f"teacher {kernel} ({why})")
+    return ", ".join(words)
 
 
 def prepare_corpus(config: ConfigDict, workdir: Path, tokenizer: Any) -> tuple[Path, dict[str, Metadata]]:
@@ -406,6 +447,8 @@ def run_facts(kind: str, outcome: Outcome, params: Params, teacher_params: Param
         "skipped_steps": outcome.skipped,
         "tokens": outcome.tokens,
         "seconds": outcome.seconds,
+        "programs": outcome.programs,
+        "compile_seconds": outcome.compile_seconds,
         "best_step": outcome.best.get("step", outcome.step),
         "start": outcome.start,
         "validation": outcome.last,

@@ -7,46 +7,101 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from distiljax.nn.config import EncoderConfig
+from distiljax.nn.kernels import (
+    CUDNN,
+    ROWWISE,
+    SPLASH,
+    Visible,
+    choose,
+    cudnn_attention,
+    may_be_spread,
+    splash_attention,
+    target_platform,
+)
 from distiljax.nn.linear import Array, Dense, DType, dropout, einsum
-
-
-def visible_keys(attention_mask: Array | None, segment_ids: Array | None) -> Array | None:
-    """Which key each query may see: bool, [B, 1, S, S] or [B, 1, 1, S]; None where all may see all.
-
-    With `segment_ids` [B, S] (0 = padding) a query sees the keys of its own segment only. With `attention_mask`
-    [B, S] (1 = token, 0 = padding) every query sees all tokens, as in transformers.
-    """
-    if segment_ids is not None:
-        return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    if attention_mask is not None:
-        return attention_mask[:, None, None, :] > 0
-    return None
+from distiljax.nn.rowwise import rowwise_attention
 
 
 class SelfAttention(nn.Module):
-    """Scaled dot-product attention over H heads: [B, S, E] → [B, S, E]."""
+    """Scaled dot-product attention over H heads: [B, S, E] → [B, S, E].
+
+    Attributes:
+      config: shape and drop rate.
+      dtype: compute dtype.
+      kernel: "auto", "plain" or "fused"; see `kernels.choose`.
+    """
 
     config: EncoderConfig
     dtype: DType = jnp.float32
+    kernel: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None, dropout_keys: Array | None, site: int) -> Array:
+    def __call__(self, x: Array, visible: Visible | None, dropout_keys: Array | None, site: int) -> Array:
         config = self.config
         B, S, E = x.shape
         H, D = config.num_heads, config.head_size
+        kernel, _ = choose(
+            self.kernel,
+            platform=target_platform(),
+            dtype=self.dtype,
+            dropout=0.0 if dropout_keys is None else config.attention_dropout,
+            shape=(B, H, S, D),
+            spread=may_be_spread(),
+        )
 
         def dense(name: str) -> Dense:
             return Dense(E, self.dtype, config.initializer_range, name=name)
 
         def heads(name: str) -> Array:
-            return dense(name)(x).reshape(B, S, H, D).transpose(0, 2, 1, 3)
+            return dense(name)(x).reshape(B, S, H, D)
 
-        # Heads before positions: XLA:CPU has no bfloat16 kernel for every gradient product of the other order.
         query, key, value = heads("query"), heads("key"), heads("value")
-        scores = einsum("bhqd,bhkd->bhqk", query * D**-0.5, key, self.dtype)  # float32
-        if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = dropout(weights, config.attention_dropout, dropout_keys, site)
-        context = einsum("bhqk,bhkd->bhqd", weights, value, self.dtype).astype(self.dtype)
-        return dense("output")(context.transpose(0, 2, 1, 3).reshape(B, S, E))
+        if kernel == CUDNN:
+            context = cudnn_attention(query, key, value, visible)
+        else:
+            # Heads before positions: XLA:CPU has no bfloat16 kernel for every gradient product of the other order.
+            query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+            if kernel == SPLASH:
+                context = splash_attention(query, key, value, visible)
+            else:
+                mask = None if visible is None else visible.mask
+                compute = rowwise_attention if kernel == ROWWISE else plain_attention
+                context = compute(
+                    query,
+                    key,
+                    value,
+                    mask,
+                    dropout_keys,
+                    rate=config.attention_dropout,
+                    site=site,
+                    dtype=self.dtype,
+                )
+            context = context.transpose(0, 2, 1, 3)
+        return dense("output")(context.reshape(B, S, E))
+
+
+def plain_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    dropout_keys: Array | None,
+    *,
+    rate: float,
+    site: int,
+    dtype: DType,
+) -> Array:
+    """Scaled dot-product attention, written down: [B, H, S, D] of each → [B, H, S, D] in `dtype`.
+
+    Args:
+      query, key, value: in `dtype`.
+      mask: bool, broadcast to [B, H, S, S]: which keys a query sees; None for all.
+      dropout_keys, rate, site: of the weights' dropout, as in `linear.dropout`.
+      dtype: of the products' operands; softmax is in float32.
+    """
+    scores = einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key, dtype)  # float32
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    weights = dropout(weights, rate, dropout_keys, site)
+    return einsum("bhqk,bhkd->bhqd", weights, value, dtype).astype(dtype)

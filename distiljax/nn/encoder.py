@@ -11,8 +11,9 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from distiljax.nn.attention import SelfAttention, visible_keys
+from distiljax.nn.attention import SelfAttention
 from distiljax.nn.config import EncoderConfig
+from distiljax.nn.kernels import Visible
 from distiljax.nn.linear import Array, Dense, DType, LayerNorm, dropout
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -114,11 +115,13 @@ class Layer(nn.Module):
 
     config: EncoderConfig
     dtype: DType = jnp.float32
+    kernel: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None, dropout_keys: Array | None, site: int) -> Array:
+    def __call__(self, x: Array, visible: Visible | None, dropout_keys: Array | None, site: int) -> Array:
         config = self.config
-        y = SelfAttention(config, self.dtype, name="attention")(x, mask, dropout_keys, site)
+        attention = SelfAttention(config, self.dtype, self.kernel, name="attention")
+        y = attention(x, visible, dropout_keys, site)
         if config.drop_attention_output:
             y = dropout(y, config.hidden_dropout, dropout_keys, site + 1)
         x = LayerNorm(config.layer_norm_eps, self.dtype, name="attention_norm")(x + y)
@@ -133,15 +136,21 @@ class Encoder(nn.Module):
     Attributes:
       config: its shape.
       dtype: compute dtype; parameters are float32 whatever it is.
+      attention: the kernel of attention: "auto", "plain" or "fused"; see `kernels.choose`.
+      remat: keep only the layers' inputs for the backward pass, which computes each layer again.
     """
 
     config: EncoderConfig
     dtype: DType = jnp.float32
+    attention: str = "auto"
+    remat: bool = False
 
     def setup(self) -> None:
         self.embeddings = Embeddings(self.config, self.dtype)
+        layer = nn.remat(Layer, static_argnums=(4,)) if self.remat else Layer  # `self` is 0, `site` 4
         self.layers = [
-            Layer(self.config, self.dtype, name=f"layer_{i}") for i in range(self.config.num_layers)
+            layer(self.config, self.dtype, self.attention, name=f"layer_{i}")
+            for i in range(self.config.num_layers)
         ]
         if self.config.pooler:
             self.pooler = Dense(self.config.hidden_size, self.dtype, self.config.initializer_range)
@@ -169,11 +178,11 @@ class Encoder(nn.Module):
         Raises:
           ValueError: rows longer than the model has positions.
         """
-        mask = visible_keys(attention_mask, segment_ids)
+        visible = Visible.of(attention_mask, segment_ids)
         x = self.embeddings(input_ids, token_type_ids, positions, dropout_keys)
         hidden_states = [x]
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, dropout_keys, _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * i)
+            x = layer(x, visible, dropout_keys, _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * i)
             hidden_states.append(x)
         pooled = jnp.tanh(self.pooler(x[:, 0])) if self.config.pooler else None
         return EncoderOutput(x, tuple(hidden_states), pooled)

@@ -79,6 +79,9 @@ def shared_with_pretraining() -> ConfigDict:
     optimizer.*                         AdamW: peak_lr, linear warm-up over warmup_fraction of the steps and linear
                                         decay to 0, b1, b2, eps, weight_decay (not on biases, LayerNorm), clip_norm
     dtype                               compute dtype, bfloat16 or float32; parameters are float32
+    attention                           auto, plain, or fused: in one kernel, cuDNN's on a GPU and splash attention on a
+                                        TPU, in bfloat16 and where no attention weights are dropped
+    remat                               keep less for the backward pass, which computes each layer again
     parallel.mode, model                jit or pmap; devices that each hold a part of the teacher
     tokenizer                           hub name or directory; the model's own by default
     log_every                           steps between records in metrics.jsonl and TensorBoard

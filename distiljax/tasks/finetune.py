@@ -23,15 +23,18 @@ from distiljax.distill.runs import (
     count_micro_batches,
     finished,
     fit,
+    kernels_in_words,
     log_start,
     log_steps,
     named_dtype,
     open_together,
     run_facts,
+    with_kernels,
 )
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary
 from distiljax.nn import HeadConfig, TaskModel
+from distiljax.nn.linear import compute_params
 from distiljax.tasks.datasets import label_names, load_task
 from distiljax.tasks.features import Features, choose_lengths, make_features
 from distiljax.tasks.forward import Forward
@@ -94,6 +97,7 @@ def _finetune(config: ConfigDict, task: Task, path: Path) -> Result:
     head = checked(HeadConfig, task.kind, label_names(task, splits), task.regression, dropout)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     networks, params = _load(config, head, tokenizer)
+    networks = with_kernels(config, networks)
     module = networks.student
     positions = min(m.config.max_positions for m in (module, networks.teacher) if m is not None)
     features = {
@@ -105,8 +109,12 @@ def _finetune(config: ConfigDict, task: Task, path: Path) -> Result:
     train = features["train"]
     _refuse_empty_texts(train)
     lengths = row_lengths(features.values(), config.data)
+    rows = config.batch_size // parallel.devices // micro_batches
+    platform, spread = parallel.mesh.devices.flat[0].platform, parallel.model > 1
+    attention = kernels_in_words(networks, platform, rows, lengths, spread=spread)
     eval_rows = config.eval.batch_size or config.batch_size // micro_batches
-    placed_teacher = parallel.place_teacher(networks.teacher_params)
+    teacher_dtype = (networks.teacher or networks.student).dtype
+    placed_teacher = parallel.place_teacher(compute_params(networks.teacher_params, teacher_dtype))
     cached = None
     if networks.teacher is not None and config.cache_teacher:
         read = Forward(networks.teacher, parallel, eval_rows, lengths)
@@ -142,6 +150,7 @@ def _finetune(config: ConfigDict, task: Task, path: Path) -> Result:
         return {"loss": loss, "loss_label": loss, **scorer(logits)}
 
     log_start(config, "finetune", networks, params, parallel)
+    log.info("attention: %s", attention)
     _log_data(task, features, splits, lengths)
     log_steps(config, total_steps, micro_batches, loader.steps_per_epoch, len(train))
     outcome = fit(

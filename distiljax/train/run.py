@@ -38,6 +38,8 @@ FREE = (
     "log_every",
     "eval.batch_size",
     "max_nonfinite_steps",
+    "attention",
+    "remat",
 )
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from distiljax.nn import Encoder, EncoderConfig, MaskedLM
 from distiljax.nn.encoder import sinusoidal_positions
+from tests import compiling
 
 DISTILBERT = {"type_vocab_size": 0, "drop_attention_output": False}
 SMALL = EncoderConfig(
@@ -248,3 +249,27 @@ def test_pooler_is_a_tanh_layer_on_the_first_token(pooler):
         return
     expected = np.tanh(out.last_hidden_state[:, 0] @ params["pooler"]["kernel"] + params["pooler"]["bias"])
     np.testing.assert_allclose(out.pooled, expected, atol=1e-5)
+
+
+def test_rematerialised_layers_give_the_same_gradients():
+    """The same parameters, dropout and gradients; each layer is one that the backward pass computes again."""
+    config = SMALL.replace(hidden_dropout=0.0, attention_dropout=0.25)
+    kept, again = Encoder(config), Encoder(config, remat=True)
+    params = random_params(kept)
+    assert jax.tree.structure(params) == jax.tree.structure(random_params(again))
+    ids = np.random.default_rng(0).integers(0, 40, (2, 24)).astype(np.int32)
+    segments = np.repeat(np.array([[1] * 9 + [2] * 11 + [0] * 4], np.int32), 2, 0)
+
+    def found(module):
+        def loss(params):
+            out = module.apply({"params": params}, ids, segment_ids=segments, dropout_keys=keys(range(2)))
+            return jnp.square(out.last_hidden_state).mean()
+
+        recomputed = str(jax.make_jaxpr(loss)(params)).count("prevent_cse=")
+        with compiling.in_haste():
+            return recomputed, jax.jit(jax.value_and_grad(loss))(params)
+
+    (none, plain), (each, rematerialised) = found(kept), found(again)
+    assert (none, each) == (0, config.num_layers)
+    for mine, reference in zip(jax.tree.leaves(rematerialised), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-6, rtol=1e-5)

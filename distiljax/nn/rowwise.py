@@ -1,0 +1,157 @@
+"""Attention a few rows at a time, for XLA's CPU backend: what the [S, S] matrices take stays in the cache.
+
+The arithmetic is that of the plain form. Its backward pass, written by hand, computes the weights again from the
+logarithm of their normaliser (Dao et al. 2022, algorithm 4), so they are never kept; only where dropout fell is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from distiljax.nn.linear import Array, DType, einsum
+
+# The scores that are computed at once take no more than this in float32, or are those of one row.
+CHUNK_BYTES = 4 * 2**20
+_LEVELS = 65536  # of `linear.dropout`
+
+
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    """How many of the B rows of queries [B, H, S, D] to compute at once: a divisor of B."""
+    B, H, S, _ = shape
+    most = max(CHUNK_BYTES // (4 * H * S * S), 1)
+    return max(rows for rows in range(1, min(most, B) + 1) if B % rows == 0)
+
+
+def rowwise_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    dropout_keys: Array | None,
+    *,
+    rate: float,
+    site: int,
+    dtype: DType,
+) -> Array:
+    """Scaled dot-product attention: [B, H, S, D] of each → [B, H, S, D] in `dtype`.
+
+    Args:
+      query, key, value: in `dtype`.
+      mask: bool [B, 1, S, S] or [B, 1, 1, S], which keys a query sees; None for all.
+      dropout_keys, rate, site: of the weights' dropout, as in `linear.dropout`.
+      dtype: of the products' operands.
+    """
+    # The mask and each place's keys are made for all rows, before the loop: within it XLA would make them again for
+    # every score, which makes its loops several times slower.
+    keys = None
+    if dropout_keys is not None and round(rate * _LEVELS):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, site)
+    query = (query * query.shape[-1] ** -0.5).astype(dtype)
+    return _attention(rate, jnp.dtype(dtype), query, key, value, mask, keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    rate: float,
+    dtype: DType,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    keys: Array | None,
+) -> Array:
+    return _forward(rate, dtype, query, key, value, mask, keys)[0]
+
+
+def _forward(
+    rate: float,
+    dtype: DType,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    keys: Array | None,
+) -> tuple[Array, tuple[Any, ...]]:
+    def some(rows: Any) -> tuple[Array, Array, Array | None]:
+        query, key, value, mask, keys = rows
+        scores = _scores(query, key, mask, dtype)
+        highest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        log_total = (highest + jnp.log(total))[..., 0]
+        kept = None
+        if keys is not None:
+            kept = _kept(keys, rate, weights.shape[1:])
+            weights, total = jnp.where(kept, weights, 0), total * _kept_share(rate)
+        context = einsum("bhqk,bhkd->bhqd", weights.astype(dtype), value, dtype) / total
+        return context.astype(dtype), log_total, kept
+
+    context, log_total, kept = _by_rows(some, (query, key, value, mask, keys))
+    return context, (query, key, value, mask, keys, context, log_total, kept)
+
+
+def _backward(rate: float, dtype: DType, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+    query, key, value, mask, keys, context, log_total, kept = residuals
+
+    def some(rows: Any) -> tuple[Array, Array, Array]:
+        query, key, value, mask, log_total, kept, gradient, inner, turned_query, turned_gradient = rows
+        weights = jnp.exp(_scores(query, key, mask, dtype) - log_total[..., None])
+        weights_grad = einsum("bhqd,bhkd->bhqk", gradient, value, dtype)
+        dropped = weights
+        if kept is not None:
+            dropped = jnp.where(kept, weights / _kept_share(rate), 0)
+            weights_grad = jnp.where(kept, weights_grad / _kept_share(rate), 0)
+        scores_grad = (weights * (weights_grad - inner[..., None])).astype(dtype)
+        return (
+            einsum("bhqk,bhkd->bhqd", scores_grad, key, dtype),
+            einsum("bhdq,bhqk->bhdk", turned_query, scores_grad, dtype),
+            einsum("bhdq,bhqk->bhdk", turned_gradient, dropped.astype(dtype), dtype),
+        )
+
+    # The CPU's fast product contracts the last axis of its first operand. So the small matrices are turned, not the
+    # large ones; and here, for within the loop XLA would take the turn into the product.
+    inner = (context.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1)  # [B, H, S]
+    turned = (query.swapaxes(2, 3), gradient.swapaxes(2, 3))
+    rows = (query, key, value, mask, log_total, kept, gradient, inner, *turned)
+    query_grad, key_grad, value_grad = _by_rows(some, rows)
+    grads = (query_grad, key_grad.swapaxes(2, 3), value_grad.swapaxes(2, 3))
+    return *(x.astype(dtype) for x in grads), *jax.tree.map(_no_gradient, (mask, keys))
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _scores(query: Array, key: Array, mask: Array | None, dtype: DType) -> Array:
+    scores = einsum("bhqd,bhkd->bhqk", query, key, dtype)  # float32
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+def _kept_share(rate: float) -> float:
+    return 1 - round(rate * _LEVELS) / _LEVELS
+
+
+def _kept(keys: Array, rate: float, shape: tuple[int, ...]) -> Array:
+    """What `linear.dropout` keeps, from keys that its `site` is folded into."""
+
+    def keep(key: Array) -> Array:
+        return jax.random.bits(key, shape, jnp.uint16) >= round(rate * _LEVELS)
+
+    return jax.vmap(keep)(keys)
+
+
+def _by_rows(compute: Callable[[Any], Any], rows: Any) -> Any:
+    """`compute` of arrays [B, …], a few rows after the other."""
+    count = rows_at_once(rows[0].shape)
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(compute, parts))
+
+
+def _no_gradient(x: Array) -> np.ndarray:
+    return np.zeros(x.shape, jax.dtypes.float0)
