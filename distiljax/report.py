@@ -381,6 +381,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             ("Parameters", parameters),
             ("Tokens", human_count(result["tokens"])),
             ("Wall time", human_seconds(result["seconds"])),
+            ("Of this, compilation", human_seconds(result.get("compile_seconds"))),
             (
                 "Training speed (median)",
                 f"{human_count(statistics.median(speed) if speed else None)} tokens/s",

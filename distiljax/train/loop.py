@@ -18,6 +18,7 @@ import numpy as np
 from distiljax.errors import Failed
 from distiljax.train import distributed
 from distiljax.train.checkpoint import Checkpointer
+from distiljax.train.compilation import compilations
 from distiljax.train.metrics import MetricWriter
 from distiljax.train.nonfinite import ADVICE, NonFinite
 from distiljax.train.parallel import Parallel
@@ -57,6 +58,7 @@ class Outcome:
       skipped: how many of them changed nothing, because their loss or gradient was not finite.
       tokens: non-padding tokens seen.
       seconds: wall time of the run, validations and compilation included, over all resumed parts.
+      programs, compile_seconds: how many programs the steps were compiled to, and how long that took.
       best: the best validation, its step and its metrics.
       last: the last validation.
       start: the validation before the first step.
@@ -67,6 +69,8 @@ class Outcome:
     skipped: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
+    programs: int = 0
+    compile_seconds: float = 0.0
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     last: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -126,6 +130,7 @@ def run_loop(
         writer = stack.enter_context(MetricWriter(workdir, outcome.step)) if main else None
         stopping = stack.enter_context(stop_signals("saving after this step, then leaving"))
         told_to_stop = _Poll(parallel)
+        compiled = stack.enter_context(compilations())
         progress = stack.enter_context(
             Progress(description, schedule.total_steps, outcome.step, enabled=main)
         )
@@ -163,13 +168,26 @@ def run_loop(
             validate()
         window = _Window(parallel)
         nonfinite = NonFinite(workdir, schedule.max_nonfinite, whole_batch, main)
+        shapes_seen: set[Any] = set()
         stop = False
         while outcome.step < schedule.total_steps and not stop:
             rows = window.next(source)
+            shapes = tuple(x.shape for x in jax.tree.leaves(rows))
+            if shapes not in shapes_seen:
+                # The step is compiled for them. That is left out of the window, so no step may run meanwhile.
+                window.wait()
+                shapes_seen.add(shapes)
+            compiled.take()  # of others than the step
             # Nothing but what is asked for crosses between host and device while the devices work.
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, rows)
             outcome.step += 1
+            programs, seconds = compiled.take()
+            if programs:
+                log.info("step %d was compiled first, in %.1f s", outcome.step, seconds)
+                outcome.programs += programs
+                outcome.compile_seconds += seconds
+                window.leave_out(seconds)
             window.add(metrics)
             outcome.skipped += nonfinite.look(window.done(outcome.step))
             stop = told_to_stop(bool(stopping))
@@ -255,13 +273,21 @@ class _Window:
         self._waited += time.monotonic() - began
         return rows
 
+    def wait(self) -> None:
+        """Until all steps have ended."""
+        jax.block_until_ready(self._metrics)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent in here is no training."""
-        jax.block_until_ready(self._metrics)
+        self.wait()
         began = time.monotonic()
         yield
-        self._began += time.monotonic() - began
+        self.leave_out(time.monotonic() - began)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was no training."""
+        self._began += seconds
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Take in the metrics of one step."""

@@ -15,6 +15,8 @@ def test_a_distillation_leaves_a_whole_run_directory(distilled):
     result = json.loads((distilled / "result.json").read_text())
     assert result["steps"] == 8 and result["kind"] == "distill"
     assert result["parameters"] < result["teacher_parameters"]
+    # The first step is compiled, no other one: not after a validation, a checkpoint or a last batch.
+    assert result["programs"] == 1 and 0 < result["compile_seconds"] < result["seconds"]
     metrics = read_metrics(distilled)
     assert [step for step, _ in metrics["train"]["loss_ce"]] == [2, 4, 6, 8]
     assert [step for step, _ in metrics["validation"]["mlm_accuracy"]] == [0, 4, 8]

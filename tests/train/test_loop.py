@@ -141,6 +141,21 @@ def test_data_wait_is_the_time_that_the_devices_wait(tmp_path, step, reading, sh
     assert time.monotonic() - began < steps * max(step, reading) + 3
 
 
+def test_no_time_in_which_steps_ran_is_left_out_with_the_compilation(tmp_path):
+    """The fourth step is compiled again, for rows of another length, while two steps could run."""
+    lengths, wait = (SEQ_LEN, SEQ_LEN, SEQ_LEN, 4), 0.2
+
+    def batches(start):
+        for length in lengths:
+            yield {name: np.ones((BATCH, length), np.int32) for name in ("input_ids", "segment_ids")}
+
+    train = run(
+        tmp_path, Parallel("pmap", jax.devices()[:1]), batches, len(lengths), wait, log_every=len(lengths)
+    )
+    seconds = BATCH * sum(lengths) / train["tokens_per_second"][0]
+    assert len(lengths) * wait <= seconds + 0.01
+
+
 def run_on_poison(workdir, corpus, poison, *, limit, steps=10, checkpoint_every=2, log_every=4):
     """Every step adds 1 to `w`, but for those whose batch has one of the `poison` rows, which are skipped."""
 
