@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MAX_BYTES = 8 << 30  # what was not used for longest goes first
 
@@ -28,6 +31,29 @@ def keep_programs() -> None:
         config = sys.modules["jax"].config
         config.update("jax_compilation_cache_dir", place)
         config.update("jax_compilation_cache_max_size", limit)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What is compiled inside is neither kept nor looked for: a program for a machine that is not here.
+
+    JAX cannot load such a program from its cache, and fails where it finds one.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    config: Any = jax.config
+
+    def enable(value: bool) -> None:
+        config.update("jax_enable_compilation_cache", value)
+        compilation_cache.reset_cache()  # whether it is used is looked up but once
+
+    before = config.jax_enable_compilation_cache
+    enable(False)
+    try:
+        yield
+    finally:
+        enable(before)
 
 
 def _features() -> str:

@@ -15,6 +15,7 @@ from distiljax.plan.hlo import Profile
 from distiljax.plan.hlo import Program as XlaProgram
 from distiljax.plan.machines import GiB, Topology
 from distiljax.plan.program import Program
+from distiljax.programs import nothing_kept
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ def compile_step(program: Program, devices: list[Any], micro_batch_size: int) ->
     began = time.perf_counter()
     lowered = program.lower(devices, micro_batch_size)
     try:
-        compiled = lowered.compile()
+        with nothing_kept():
+            compiled = lowered.compile()
     except Exception as error:
         seconds = time.perf_counter() - began
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -129,7 +131,7 @@ def compile_step(program: Program, devices: list[Any], micro_batch_size: int) ->
     once = (costs[0] if isinstance(costs, list) else costs or {}).get("flops", 0.0)
     # XLA counts a loop's body once. Nearly all work is in the loop over micro-batches, so what the loops make of the
     # matrix products they make of everything.
-    flops = once * profile.matrix_flops / max(profile.matrix_flops_once, 1.0)
+    flops = (once + profile.kernel_flops_once) * profile.matrix_flops / max(profile.matrix_flops_once, 1.0)
     seconds = time.perf_counter() - began
     return Compiled(micro_batch_size, True, seconds, memory=memory, flops=flops, profile=profile)
 

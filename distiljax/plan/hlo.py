@@ -26,6 +26,10 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# XLA does not look into kernels. Forward, JAX's splash attention has the products for scores and context; backward, the
+# scores again and the gradients of weights, value, key and query. Its operands begin with query and key.
+_SPLASH = re.compile(r"splash_mha_(fwd|dkv)")
+_SPLASH_PRODUCTS = {"fwd": 2, "dkv": 5}
 # What moves no bytes of its own: names for parts of other values, the ends of copies counted at their start, and
 # calls, whose inside is counted.
 _FREE = frozenset(
@@ -121,6 +125,7 @@ class Profile:
     Attributes:
       matrix_flops: of matrix products.
       matrix_flops_once: the same with every loop's body counted once, as XLA counts.
+      kernel_flops_once: the part of these that is in kernels, which XLA does not count.
       moved_bytes: read from and written to the device's main memory.
       cycles: the TPU compiler's estimates of its instructions' cycles, added up; 0 where it gives none.
       collectives: in no particular order.
@@ -129,6 +134,7 @@ class Profile:
 
     matrix_flops: float
     matrix_flops_once: float
+    kernel_flops_once: float
     moved_bytes: float
     cycles: float
     collectives: tuple[Collective, ...]
@@ -153,13 +159,14 @@ class Program:
 
     def profile(self) -> Profile:
         """The program's work, loops multiplied out."""
-        flops = once = moved = cycles = 0.0
+        flops = once = kernels = moved = cycles = 0.0
         collectives, loops = [], []
         for name, times, in_loop, fused in self._walk(self.entry, 1, False, False):
             ops = self.computations[name]
             for op in ops.values():
                 work = _matrix_flops(op, ops)
                 flops, once = flops + times * work, once + work
+                kernels += work if op.opcode == "custom-call" else 0.0
                 if op.opcode == "while":
                     loops.append(self._trips(op))
                 kind = op.opcode.removesuffix("-start")
@@ -174,7 +181,7 @@ class Program:
                 if not fused:
                     moved += times * self._moved(op, ops)
                     cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', op.attributes)))
-        return Profile(flops, once, moved, cycles, tuple(collectives), tuple(loops))
+        return Profile(flops, once, kernels, moved, cycles, tuple(collectives), tuple(loops))
 
     def _walk(
         self, name: str, times: int, in_loop: bool, fused: bool
@@ -286,7 +293,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _matrix_flops(op: Op, ops: dict[str, Op]) -> float:
-    """Two for each multiplication and addition of a dot or convolution, as XLA's HloCostAnalysis counts them."""
+    """Two for each multiplication and addition of a dot, convolution or attention kernel, as XLA counts the former."""
     if op.opcode == "dot":
         left = ops[op.operands[0]].result[0]
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
@@ -294,6 +301,10 @@ def _matrix_flops(op: Op, ops: dict[str, Op]) -> float:
         return 2.0 * op.result[0].size * math.prod(left.dims[d] for d in dims)
     if op.opcode == "convolution":
         return _convolution_flops(op, ops)
+    if op.opcode == "custom-call" and (kernel := _SPLASH.match(op.name)) is not None:
+        operands = [ops[name].result[0] for name in op.operands if name in ops]
+        query, key = [array for array in operands if array.dtype.startswith(("f", "bf"))][:2]
+        return _SPLASH_PRODUCTS[kernel[1]] * 2.0 * query.size * key.dims[-2]
     return 0.0
 
 

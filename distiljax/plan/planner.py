@@ -9,7 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from distiljax.distill.runs import kernels_in_words
 from distiljax.errors import UserError
+from distiljax.nn import kernels
 from distiljax.plan import analytic
 from distiljax.plan.compiler import Compiled, compile_step, largest_fit, tpu_devices
 from distiljax.plan.machines import Topology, parse_topology
@@ -19,6 +21,11 @@ from distiljax.train.format import human_seconds
 log = logging.getLogger(__name__)
 
 MFU = 0.3
+
+# Before compute capability 8.0: no matrix units for bfloat16.
+_OLD_GPUS = ("t4", "v100-16gb", "v100-32gb")
+# See `kernels.choose`, `capable`.
+_WITHOUT_FUSED_ATTENTION = (*_OLD_GPUS, "v2", "v3")
 
 
 def make_plan(
@@ -58,6 +65,7 @@ def make_plan(
     program = load_program(config, tokens)
     for topology in parsed:  # all that can be refused is refused before the first long compile
         program.share(topology.chips * topology.devices_per_chip)
+        _attention(program, topology)
     devices = [tpu_devices(topology) if topology.chip.is_tpu else None for topology in parsed]
     machines = [
         _machine(program, topology, held, search, mfu) for topology, held in zip(parsed, devices, strict=True)
@@ -114,7 +122,7 @@ def _machine(
         "rows_per_device": share,
         "chip_memory": topology.chip.memory / topology.devices_per_chip,
         "state": analytic.state_bytes(program),
-        "notes": _notes(topology),
+        "notes": [*_notes(topology), *_attention(program, topology)],
     }
     compiled = None
     if devices is None:
@@ -167,18 +175,25 @@ def _compiled_memory(
 def _estimated_memory(program: Program, topology: Topology, share: int, configured: int) -> dict[str, Any]:
     """The same without a compiler."""
     state = sum(analytic.state_bytes(program).values())
+    student = kernels.choose_for(program.models.student, training=True, **_attention_on(topology, program))
+
+    def temporaries(size: int) -> int:
+        return analytic.temporary_bytes(program, size, fused=student.fused)
 
     def total(size: int) -> int:
-        return state + analytic.temporary_bytes(program, size)
+        return state + temporaries(size)
 
     sizes = [n for n in range(1, share + 1) if share % n == 0]
     fitting = [n for n in sizes if total(n) <= topology.chip.memory]
-    temporaries = analytic.temporary_bytes(program, configured)
     return {
         "fits": total(configured) <= topology.chip.memory,
         "needed": total(configured),
         "available": topology.chip.memory,
-        "memory": {"arguments": state, "temporaries": temporaries, "total": state + temporaries},
+        "memory": {
+            "arguments": state,
+            "temporaries": temporaries(configured),
+            "total": total(configured),
+        },
         "largest_micro_batch_size": max(fitting, default=0),
         "tried": [],
     }
@@ -262,11 +277,31 @@ def _whole_run(program: Program, topology: Topology, seconds: float) -> dict[str
     }
 
 
+def _attention(program: Program, topology: Topology) -> list[str]:
+    """Which kernels compute attention there.
+
+    Raises:
+      UserError: fused ones where they cannot be.
+    """
+    return [f"attention: {kernels_in_words(program.models, **_attention_on(topology, program))}"]
+
+
+def _attention_on(topology: Topology, program: Program) -> dict[str, Any]:
+    """What the choice of a kernel depends on."""
+    return {
+        "platform": "tpu" if topology.chip.is_tpu else "gpu",
+        "rows": 1,
+        "seq_lens": [program.seq_len],
+        "capable": topology.kind not in _WITHOUT_FUSED_ATTENTION,
+        "spread": program.model_axis > 1,
+    }
+
+
 def _notes(topology: Topology) -> list[str]:
     if topology.chip.is_tpu:
         return []
     notes = ["no compiler for GPUs here: memory is an estimate, bytes moved are not known"]
-    if topology.kind in ("t4", "v100-16gb", "v100-32gb"):
+    if topology.kind in _OLD_GPUS:
         notes.append("no bfloat16 matrix units: the peak is float16's, and bfloat16 runs far below it")
     if topology.chips > 8:
         notes.append("more than 8 GPUs are several hosts: their network, not NVLink, bounds the reduction")

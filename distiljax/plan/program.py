@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from ml_collections import ConfigDict
 from distiljax.data.metadata import METADATA_FILE, Metadata
 from distiljax.distill.config import check_ranges
 from distiljax.distill.masking import Masking
-from distiljax.distill.runs import checked, named_dtype, run_student
+from distiljax.distill.runs import checked, named_dtype, run_student, with_kernels
 from distiljax.distill.step import PROJECTION, Distillation, Models, Recipe, make_train_step
 from distiljax.errors import UserError
 from distiljax.hub import files
 from distiljax.nn import EncoderConfig, MaskedLM
+from distiljax.nn.linear import compute_params
 from distiljax.train.load import is_run
 from distiljax.train.optimizer import make_optimizer
 from distiljax.train.parallel import AXIS, Parallel
@@ -126,7 +128,10 @@ class Program:
         state = jax.eval_shape(lambda params: TrainState.create(params, self.optimizer), self.params)
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
         frozen = {"teacher": teacher, "masking_weights": placed(weights), "seed": placed(seed)}
-        return parallel.wrap(step, donate=True).lower(placed(state), frozen, placed(batch, split))  # type: ignore[attr-defined]
+        wrapped: Any = parallel.wrap(step, donate=True)
+        # The models choose their programs by the mesh, and not every wrapped step has one of its own.
+        with jax.sharding.use_abstract_mesh(parallel.mesh.abstract_mesh):
+            return wrapped.lower(placed(state), frozen, placed(batch, split))
 
 
 def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -182,14 +187,18 @@ def load_program(config: ConfigDict, tokens: float = 0.0) -> Program:
         random=config.masking.random,
     )
     optimizer, schedule = make_optimizer(config.optimizer, steps or 1000)
+    teacher_params = None
+    if models.teacher is not None:
+        as_read = functools.partial(compute_params, dtype=models.teacher.dtype)
+        teacher_params = jax.eval_shape(as_read, param_shapes(models.teacher))
     return Program(
-        models=models,
+        models=with_kernels(config, models),
         recipe=recipe,
         masking=masking,
         optimizer=optimizer,
         schedule=schedule,
         params=params,
-        teacher_params=param_shapes(models.teacher) if models.teacher else None,
+        teacher_params=teacher_params,
         batch_size=config.batch_size,
         seq_len=seq_len,
         micro_batch_size=config.micro_batch_size,

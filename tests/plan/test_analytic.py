@@ -18,10 +18,10 @@ def test_the_recipes_work_by_hand(config):
     assert parts == {
         "student_encoder": 3 * tokens * dense,
         "student_attention": 3 * tokens * attention,
-        "student_decoder": 3 * decode * (tokens + B * K),
+        "student_decoder": 3 * decode * tokens,
         "teacher_encoder": 2 * tokens * dense,
         "teacher_attention": 2 * tokens * attention,
-        "teacher_decoder": decode * (tokens + B * K),
+        "teacher_decoder": decode * tokens,
     }
 
 
@@ -31,8 +31,8 @@ def test_base_size_work_a_token_is_what_is_known_of_it(recipe):
     a_token = {name: flops / tokens / 1e6 for name, flops in parts.items()}
     attention = a_token.pop("student_attention") + a_token.pop("teacher_attention")
     assert attention == pytest.approx(47, abs=1)
-    # 617 MFLOP if every parameter were used once a token, which embeddings are not; masked positions are decoded twice.
-    assert sum(a_token.values()) == pytest.approx(646, abs=1)
+    # As if every parameter were used once a token: position embeddings, which are not, are few.
+    assert sum(a_token.values()) == pytest.approx(617, abs=1)
 
 
 def cpu_profile(program, devices, micro_batch_size):
@@ -80,12 +80,14 @@ def test_a_masked_language_model_run(teacher):
 
 def test_state_and_gradients_are_four_copies_of_the_student(recipe):
     state = analytic.state_bytes(recipe)
-    assert state == {"parameters": 4 * 66_985_530, "optimizer": 8 * 66_985_530, "teacher": 4 * 109_514_298}
+    kernels = 12 * (4 * 768 * 768 + 2 * 768 * 3072)  # of the teacher, in bfloat16
+    teacher = 4 * 109_514_298 - 2 * kernels
+    assert state == {"parameters": 4 * 66_985_530, "optimizer": 8 * 66_985_530, "teacher": teacher}
     assert analytic.gradient_bytes(recipe) == 4 * 66_985_530
     assert analytic.sent_bytes(100.0, 4) == 150.0 and analytic.sent_bytes(100.0, 1) == 0.0
 
 
 def test_the_estimate_of_temporaries_is_near_what_the_tpu_compiler_needs(recipe):
-    # The recipe at 16 rows of 512 on a v5e: 5.60 GB by the compiler, at 32 rows 10.48 GB.
-    assert analytic.temporary_bytes(recipe, 16) == pytest.approx(5.6e9, rel=0.25)
-    assert analytic.temporary_bytes(recipe, 32) == pytest.approx(10.5e9, rel=0.25)
+    # The recipe at 16 rows of 512 on a v5e: 4.11 GB by the compiler, at 32 rows 6.54 GB.
+    assert analytic.temporary_bytes(recipe, 16, fused=False) == pytest.approx(4.11e9, rel=0.25)
+    assert analytic.temporary_bytes(recipe, 32, fused=False) == pytest.approx(6.54e9, rel=0.25)

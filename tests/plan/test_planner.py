@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import pytest
 
 import distiljax
 from distiljax.cli import main
+from distiljax.distill.step import Models
 from distiljax.errors import UserError
 from distiljax.plan import analytic, make_plan
-from distiljax.plan.compiler import Compiled, largest_fit, parse_shortage
-from distiljax.plan.machines import GiB
+from distiljax.plan.compiler import Compiled, largest_fit, parse_shortage, tpu_devices
+from distiljax.plan.hlo import Program
+from distiljax.plan.machines import GiB, parse_topology
+from distiljax.plan.planner import _attention
 from distiljax.plan.program import WELL_KNOWN, encoder_config, load_program
 from distiljax.plan.table import human_flops, plan_markdown
 
@@ -23,6 +27,13 @@ def arguments(model, **values):
     values = {"data.seq_len": 32, "batch_size": 32, "micro_batch_size": 2, "steps": 500} | values
     values = {"student.hidden_dropout": 0.0, "student.attention_dropout": 0.0, "teacher": model} | values
     return ["plan", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def config_of(teacher, changes):
+    config = distiljax.distill_config()
+    changes = {"teacher": teacher, "student.attention_dropout": 0.0, "student.hidden_dropout": 0.0, **changes}
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def test_a_plan_for_a_tpu_slice(teacher, config, capsys):
@@ -58,7 +69,7 @@ def test_a_plan_for_a_tpu_slice(teacher, config, capsys):
 
 
 def test_a_batch_that_is_too_big_is_said_to_be_with_the_largest_that_fits(tmp_path, capsys):
-    teacher = write_teacher(tmp_path / "wide", vocab_size=30_000, num_hidden_layers=1)
+    teacher = write_teacher(tmp_path / "wide", intermediate_size=2**17, num_hidden_layers=1)
     share = 2039  # a prime: there is only one other size to try
     command = arguments(teacher, batch_size=4 * share, micro_batch_size=0, steps=0)
     assert main([*command, "--config.student.layers=1", "--topology=v5e-4", "--json"]) == 0
@@ -77,6 +88,57 @@ def test_a_batch_that_is_too_big_is_said_to_be_with_the_largest_that_fits(tmp_pa
     assert machine["flops"]["matrix"] == pytest.approx(machine["flops"]["analytic"], rel=1e-6)
     assert "does not fit" in captured.err and "1 rows: fits" in captured.err
     assert "set --config.micro_batch_size=1." in plan_markdown(plan)
+
+
+def test_attention_is_fused_in_the_program_and_its_work_is_counted(tmp_path, capsys):
+    """Forward in the teacher, forward and backward in the student, and no matrix of [S, S] weights is left."""
+    S = 256
+    teacher = write_teacher(tmp_path / "long", max_position_embeddings=S, num_hidden_layers=1)
+    changes = {"data.seq_len": S, "batch_size": 4, "student.layers": 1, "dtype": "bfloat16"}
+    program = load_program(config_of(teacher, changes))
+    devices = tpu_devices(parse_topology("v5e:1"))
+    found, text = [], {}
+    for attention in ("fused", "plain"):
+        models = Models(
+            *(m.clone(attention=attention) for m in (program.models.student, program.models.teacher))
+        )
+        compiled = dataclasses.replace(program, models=models).lower(devices, 2).compile()
+        text[attention] = compiled.as_text()
+        found.append(Program(text[attention]).profile())
+    fused, plain = found
+    names = set(re.findall(r"%(splash_mha_[a-z]+)", text["fused"]))
+    assert names == {"splash_mha_fwd", "splash_mha_dkv"}
+    assert "splash" not in text["plain"] and plain.kernel_flops_once == 0
+    products = 2.0 * 2 * S * S * 32  # of two rows
+    assert fused.kernel_flops_once == (2 + 2 + 5) * products
+    # The backward kernel makes the scores again, once for each of the two micro-batches.
+    assert fused.matrix_flops == plain.matrix_flops + 2 * products
+    assert f"[2,2,{S},{S}]" in text["plain"] and f"[2,2,{S},{S}]" not in text["fused"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "kernel"),
+    [
+        ("v5e:1", "splash (fused on tpu"),
+        ("v3:1", "plain (the fused kernel for tpu needs a TPU v4"),
+        ("a100:1", "cudnn (fused on gpu"),
+        ("v100:1", "plain (the fused kernel for gpu needs an NVIDIA GPU of compute capability 8.0"),
+    ],
+)
+def test_which_kernel_computes_attention_there_is_said(tmp_path, topology, kernel):
+    teacher = write_teacher(tmp_path / "long", max_position_embeddings=256)
+    program = load_program(config_of(teacher, {"data.seq_len": 256, "dtype": "bfloat16"}))
+    (note,) = _attention(program, parse_topology(topology))
+    assert note.startswith(f"attention: student {kernel}") and f"teacher {kernel}" in note
+
+
+def test_fused_attention_takes_no_matrices_of_weights():
+    changes = {"student.attention_dropout": 0.0, "micro_batch_size": 16}
+    config = config_of("bert-base-uncased", changes)
+    held = {
+        m["topology"]: m["memory"]["temporaries"] for m in make_plan(config, ["a100:8", "v100:8"])["machines"]
+    }
+    assert held["v100-16gb:8"] - held["a100-40gb:8"] == 16 * 512 * 6 * 2 * 12 * 512 * 2
 
 
 def search(share, first, limit, needed=True):
@@ -118,14 +180,14 @@ def test_what_the_compiler_says_of_a_shortage_is_read():
 
 
 def test_gpus_are_counted_and_estimated(capsys):
-    plan = make_plan(distiljax.distill_config(), ["h100:8", "v100:8", "h100:1"], tokens=1e9)
+    plan = make_plan(distiljax.distill_config(), ["a100:8", "v100:8", "a100:1"], tokens=1e9)
     eight, volta, one = plan["machines"]
     assert plan["run"]["parameters"] == 66_985_530 and plan["run"]["teacher_parameters"] == 109_514_298
     assert "table" in plan["run"]["shape_from"]
     assert plan["run"]["steps"] == math.ceil(3 * round(1e9 / (0.998 * 512)) / 4096)
     # A device's whole share is too much for either; what is left fits.
-    assert not eight["fits"] and eight["largest_micro_batch_size"] == 64 * 2
-    assert volta["largest_micro_batch_size"] < eight["largest_micro_batch_size"]
+    assert not eight["fits"] and eight["largest_micro_batch_size"] == 128
+    assert not volta["fits"] and volta["largest_micro_batch_size"] == 64
     assert eight["flops"] == {"analytic": plan["run"]["flops_per_step"]} | dict.fromkeys(
         ("compiled", "difference", "matrix")
     )
@@ -133,7 +195,7 @@ def test_gpus_are_counted_and_estimated(capsys):
     assert eight["collective_bytes"] == 4 * 66_985_530 and one["collective_bytes"] == 0
     assert eight["times"]["compute"] == pytest.approx(one["times"]["compute"] / 8)
     assert one["times"]["expected"] == pytest.approx(one["times"]["compute"] / 0.3)
-    assert any("bfloat16" in note for note in volta["notes"])
+    assert any("no bfloat16" in note for note in volta["notes"])
 
 
 def test_the_table_has_a_column_a_machine_and_says_what_is_not_known(teacher, capsys):
@@ -192,6 +254,7 @@ def test_well_known_shapes_are_those_of_transformers():
         ({}, ["--topology=h100:8", "--mfu=1.5"], "mfu is 1.5"),
         ({}, ["--topology=h100:8", "--tokens=-1"], "tokens is -1"),
         ({"teacher": "/no/such/place"}, ["--topology=h100:8"], "no such directory"),
+        ({"attention": "fused"}, ["--topology=v5e:2x2"], "multiple of 128 tokens, not 32"),
     ],
 )
 def test_bad_input_is_one_line(teacher, capsys, changes, flags, words):
