@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
     from distiljax.plan import make_plan
     from distiljax.report import write_report
+    from distiljax.tasks.bench import bench
     from distiljax.tasks.compare import compare
     from distiljax.tasks.config import compare_config, finetune_config
     from distiljax.tasks.evaluate import evaluate_models, evaluate_run
@@ -39,6 +40,7 @@ __all__ = [
     "TaskModel",
     "UserError",
     "__version__",
+    "bench",
     "compare",
     "compare_config",
     "distill",
@@ -72,6 +74,7 @@ _MODULES = {
     "distiljax.nn": ("Encoder", "EncoderConfig", "HeadConfig", "MaskedLM", "TaskModel"),
     "distiljax.plan": ("make_plan",),
     "distiljax.report": ("write_report",),
+    "distiljax.tasks.bench": ("bench",),
     "distiljax.tasks.compare": ("compare",),
     "distiljax.tasks.config": ("compare_config", "finetune_config"),
     "distiljax.tasks.evaluate": ("evaluate_models", "evaluate_run"),

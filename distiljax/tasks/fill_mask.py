@@ -15,6 +15,7 @@ from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.hub.heads import MASKED_LM
 from distiljax.nn import MaskedLM
 from distiljax.nn.heads import SEQUENCES
+from distiljax.nn.linear import place_compute_params
 from distiljax.tasks.features import Features, Pieces, make_features
 from distiljax.tasks.inputs import as_input
 from distiljax.tasks.stream import Output, stream
@@ -51,7 +52,7 @@ def fill_mask(
     if not 1 <= top_k <= vocabulary_size(tokenizer):
         raise UserError(f"top_k is {top_k}; expected 1 to {vocabulary_size(tokenizer)}")
     check_vocabulary(tokenizer, module.config, "the model")
-    job = _Masks(module, jax.device_put(params), tokenizer, top_k)
+    job = _Masks(module, place_compute_params(params, module.dtype), tokenizer, top_k)
     items = (as_input(text, MASKED_LM, f"input {number}") for number, text in enumerate(texts, 1))
     yield from stream(items, job, batch_size=batch_size, limit=module.config.max_positions)
 

@@ -19,6 +19,7 @@ from distiljax.hub import Model, check_vocabulary
 from distiljax.hub.heads import MASKED_LM
 from distiljax.nn import MaskedLM, TaskModel
 from distiljax.nn.heads import ANSWERS, SEQUENCES, TOKENS
+from distiljax.nn.linear import place_compute_params
 from distiljax.tasks.features import SHORTEST, Features, Pieces, make_features, ragged
 from distiljax.tasks.fill_mask import fill_mask
 from distiljax.tasks.inputs import as_input, split_words
@@ -94,7 +95,8 @@ def predict(
     most = len(module.head.labels) if kind == SEQUENCES else 1000
     if not 1 <= k <= most:
         raise UserError(f"top_k is {k}; expected 1 to {most}")
-    model = _Model(module, jax.device_put(params), tokenizer, length, min(stride, length // 4))
+    placed = place_compute_params(params, module.dtype)
+    model = _Model(module, placed, tokenizer, length, min(stride, length // 4))
     job: Any
     if kind == SEQUENCES:
         job = _Labels(model, k)
