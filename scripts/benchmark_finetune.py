@@ -6,9 +6,8 @@
 For each seed both start from one and the same exported model, fresh head included, and train on the same rows of token
 ids with the same AdamW, schedule, clipping, dropout and batch size; each in the order that its own length-grouped
 sampler draws. The logits of both are scored by the same code. Each run has a process of its own, and which side goes
-first changes with the seed. Times are of training, compilation
-included, without reading data, validation and checkpoints. `--examples` and `--eval_examples` take so
-many of the examples, 0 all.
+first changes with the seed. Times are of training alone, without reading data, validation and checkpoints.
+`--examples` and `--eval_examples` take so many of the examples, 0 all.
 
 Prints Markdown for BENCHMARKS.md; `--json` keeps everything. The PyTorch side needs `torch` and `accelerate`.
 """
@@ -21,7 +20,6 @@ import inspect
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +40,7 @@ from distiljax.tasks.features import Features
 from distiljax.tasks.finetune import task_features
 from distiljax.tasks.presets import find_task
 from distiljax.tasks.scoring import Scorer
+from distiljax.train.memory import peak_memory
 from distiljax.train.metrics import read_metrics
 
 SIDES = {"jax": "distiljax", "torch": "transformers Trainer"}
@@ -76,8 +75,10 @@ def run_jax(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any]:
     """Fine-tunes by distiljax from what is in `start`."""
     config, workdir = settings(args, str(start), seed), start.with_name(f"{start.name}-run")
     facts = distiljax.finetune(config, workdir).facts
+    steps = facts["tokens"] / read_metrics(workdir)["train"]["tokens_per_second"][-1][1]
     return {
-        "seconds": facts["tokens"] / read_metrics(workdir)["train"]["tokens_per_second"][-1][1],
+        "seconds": steps + facts["compile_seconds"],
+        "once_seconds": facts["compile_seconds"],
         "metrics": facts["validation"],
         **{key: facts[key] for key in ("steps", "machine")},
     }
@@ -120,6 +121,8 @@ def run_torch(args: argparse.Namespace, start: Path, seed: int) -> dict[str, Any
     steps = np.diff(clock)
     return {
         "seconds": float(steps.sum()),
+        # What PyTorch loads when it is first asked.
+        "once_seconds": max(0.0, float(steps[0] - np.median(steps))),
         "steps": trainer.state.global_step,
         "metrics": score(predict(model, held_out, args.bf16)),
         "machine": f"{model.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -203,11 +206,15 @@ def call(part: str, start: Path, seed: int) -> dict[str, Any]:
 
 def markdown(args: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> str:
     """A table of the first metric for each seed, and of the medians and ranges of everything."""
-    metrics = list(next(run for run in runs if run["side"] == "torch")["metrics"])
+    torch_run = next(run for run in runs if run["side"] == "torch")
+    metrics = list(torch_run["metrics"])
 
     def figures(run: dict[str, Any]) -> dict[str, float]:
+        training = run["seconds"] - run["once_seconds"]
         return {f"{name}, %": 100 * run["metrics"][name] for name in metrics} | {
-            "s per epoch, compilation included": run["seconds"] / args.epochs,
+            "s per epoch": training / args.epochs,
+            "s per epoch with what is done once": run["seconds"] / args.epochs,
+            "done once (compilation; the first step's excess), s per run": run["once_seconds"],
             "peak memory of the process, GB": run["peak_bytes"] / 1e9,
         }
 
@@ -246,7 +253,7 @@ def main() -> int:
         part, start, seed = args.part.split(":")
         run = {"start": run_start, "jax": run_jax, "torch": run_torch}[part]
         measured = run(args, Path(start), int(seed))
-        measured["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        measured["peak_bytes"] = peak_memory()
         Path(f"{start}.{part}.json").write_text(json.dumps(measured))
         return 0
     if missing := [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]:
