@@ -60,7 +60,7 @@ def test_the_compilers_matrix_products_are_those_counted(config, name):
     config.update_from_flattened_dict(RECIPES[name])
     config.dtype = "float32"
     program = load_program(config)
-    profile = cpu_profile(program, 2, 4)
+    profile = cpu_profile(program, 2, 8)  # of 40 masked positions, which need no filling up
     assert 2 * profile.matrix_flops == pytest.approx(sum(analytic.step_flops(program).values()), rel=1e-3)
     reduced = sum(c.elements for c in profile.collectives if not c.in_loop)
     assert analytic.count(program.params) <= reduced <= analytic.count(program.params) + 100
