@@ -69,7 +69,7 @@ def test_a_plan_for_a_tpu_slice(teacher, config, capsys):
 
 
 def test_a_batch_that_is_too_big_is_said_to_be_with_the_largest_that_fits(tmp_path, capsys):
-    teacher = write_teacher(tmp_path / "wide", intermediate_size=2**17, num_hidden_layers=1)
+    teacher = write_teacher(tmp_path / "wide", intermediate_size=2**16, num_hidden_layers=1)
     share = 2039  # a prime: there is only one other size to try
     command = arguments(teacher, batch_size=4 * share, micro_batch_size=0, steps=0)
     assert main([*command, "--config.student.layers=1", "--topology=v5e-4", "--json"]) == 0
