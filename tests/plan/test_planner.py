@@ -19,6 +19,7 @@ from distiljax.plan.machines import GiB, parse_topology
 from distiljax.plan.planner import _attention
 from distiljax.plan.program import WELL_KNOWN, encoder_config, load_program
 from distiljax.plan.table import human_flops, plan_markdown
+from distiljax.programs import nothing_kept
 
 from .conftest import write_teacher
 
@@ -102,8 +103,9 @@ def test_attention_is_fused_in_the_program_and_its_work_is_counted(tmp_path, cap
         models = Models(
             *(m.clone(attention=attention) for m in (program.models.student, program.models.teacher))
         )
-        compiled = dataclasses.replace(program, models=models).lower(devices, 2).compile()
-        text[attention] = compiled.as_text()
+        lowered = dataclasses.replace(program, models=models).lower(devices, 2)
+        with nothing_kept():
+            text[attention] = lowered.compile().as_text()
         found.append(Program(text[attention]).profile())
     fused, plain = found
     names = set(re.findall(r"%(splash_mha_[a-z]+)", text["fused"]))
