@@ -16,13 +16,15 @@ Each side has a process that lives through all rounds and waits while the other 
 the rounds, the ratio is that of the rounds. Tokens are those that are not padding. Work is counted from the shapes
 (distiljax/plan/analytic.py), the same for both sides; its share is taken of the product of two large square matrices in
 the same precision: of the faster side's, the median of the rounds, or with --largest and --sweep the fastest of all
-points. Prints Markdown for BENCHMARKS.md; --json keeps everything. On a GPU choose --steps so that a round takes a
-second or more.
+points. --sweep takes its rows (--batches, --micro_batch) from the longest length, and of shorter ones as many more, so
+that a step has the same tokens at every length. Prints Markdown for BENCHMARKS.md; --json keeps everything. On a GPU
+choose --steps so that a round takes a second or more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -60,6 +62,7 @@ Found = dict[str, Any]
 
 QUICK = {"size": "minilm", "documents": 300, "seq_len": 128, "batch": 16, "micro_batch": 8, "rounds": 3}
 QUICK |= {"torch_micro_batch": 8, "torch_rows": "packed", "torch_compile": "no"}
+REMAT = {"no": (False,), "yes": (True,), "both": (False, True)}
 AGREE = 1e-4  # how far the two sides' losses and gradient norms may be apart, relative
 WORTH = 0.97  # larger micro-batches are tried as long as one takes no more than this of the time of the one before
 
@@ -220,19 +223,21 @@ def largest(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
 
 
 def sweep(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
-    """Our step alone over batches, lengths and numbers of devices."""
+    """Our step alone over batches, lengths and numbers of devices, with and without remat if both are asked for."""
     points: list[Found] = []
+    choices = list(itertools.product(args.batches, args.device_counts, REMAT[args.remat]))
     for length in args.lengths:
         shorter = cut(rows, length)
         np.savez(directory / "rows.npz", **shorter)
-        for batch in args.batches:
-            for devices in args.device_counts:
-                share = batch // devices
-                settings = settings_of(args, "jax", batch=batch, devices=devices)
-                settings["micro_batch"] = min(args.micro_batch or share, share)
-                points.append(alone("jax", directory, settings, shorter, args.rounds, args.steps))
-                points[-1] |= {"length": length, "flops": work(args, directory, batch, length)}
-                print(f"{batch} × {length} on {devices}: {points[-1]['seconds']:.3f} s", file=sys.stderr)
+        times = max(args.lengths) // length
+        for longest, devices, remat in choices:
+            batch, most = longest * times, (args.micro_batch or longest) * times
+            settings = settings_of(args, "jax", batch=batch, devices=devices, remat=remat)
+            settings["micro_batch"] = min(most, batch // devices)
+            points.append(alone("jax", directory, settings, shorter, args.rounds, args.steps))
+            points[-1] |= {"length": length, "flops": work(args, directory, batch, length)}
+            told = how("jax", settings)
+            print(f"{batch} × {length} on {devices}, {told}: {points[-1]['seconds']:.3f} s", file=sys.stderr)
     return {"where": {"jax": points[0]["where"]}, "points": points, "ends": []}
 
 
@@ -292,13 +297,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default="auto",
         help="config.attention of distiljax: auto, plain or fused; auto by default",
     )
-    add("--remat", action="store_true", help="config.remat of distiljax")
+    add("--remat", choices=REMAT, default="no", help="config.remat of distiljax; --sweep also does both")
     add("--ce_positions", choices=("all", "masked"), default="all", help="where L_ce runs; all by default")
     add("--dropout", type=float, default=0.1, help="of the student; 0.1 by default")
     add("--attention_dropout", type=float, default=None, help="that of --dropout by default")
     add("--rounds", type=int, default=5, help="5 by default")
     add("--steps", type=int, default=1, help="in each round; 1 by default")
-    add("--batches", type=numbers, default=[8, 16, 32], help="of --sweep; 8,16,32 by default")
+    add("--batches", type=numbers, default=[8, 16, 32], help="rows of the longest length; 8,16,32 by default")
     add("--lengths", type=numbers, default=[128, 256, 512], help="of --sweep; 128,256,512 by default")
     add("--device_counts", type=numbers, default=[1], help="of --sweep; 1 by default, CPUs are simulated")
     add("--plot", default="", help="a PNG file for the plots of --sweep")
@@ -311,6 +316,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sweep:
         args.seq_len = max(args.lengths)
+        if odd := [length for length in args.lengths if length < 1 or args.seq_len % length]:
+            raise UserError(f"lengths has {odd[0]}; expected divisors of the longest, {args.seq_len}")
+    elif args.remat == "both":
+        raise UserError("remat is both, which is for --sweep; expected no or yes")
     for name in ("batch", "rounds", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; expected 1 or more")

@@ -290,7 +290,7 @@ def settings_of(args: argparse.Namespace, side: str, **changes: Any) -> dict[str
         "micro_batch": (args.torch_micro_batch if torch else args.micro_batch) or args.batch,
         "dtype": (torch and args.torch_dtype) or args.dtype,
         "attention": args.attention,
-        "remat": args.remat,
+        "remat": args.remat == "yes",
         "dropout": args.dropout,
         "attention_dropout": args.dropout if args.attention_dropout is None else args.attention_dropout,
         "ce_positions": args.ce_positions,

@@ -139,11 +139,12 @@ def points_text(args: argparse.Namespace, result: Found) -> str:
 
 
 def figure(points: Sequence[Found]) -> Figure:
-    """Step time against tokens, and time of a token against the length of the rows."""
+    """Step time against tokens, and time of a token against the length of the rows; without remat if both are there."""
     from matplotlib.figure import Figure
 
     from distiljax import plots
 
+    points = [p for p in points if not p["settings"]["remat"]] or points
     result = Figure(figsize=(9.0, 4.2), layout="constrained")
     left, right = result.subplots(1, 2)
     counts = sorted({point["settings"]["devices"] for point in points})
@@ -171,7 +172,9 @@ def figure(points: Sequence[Found]) -> Figure:
     left.set_xlim(left=0)
     right.set_title("Time of a token, the fastest batch (µs)")
     right.set_xlabel("Tokens in a row")
-    right.set_xticks(lengths)
+    right.set_xscale("log", base=2)
+    right.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    right.minorticks_off()
     for ax in (left, right):
         ax.set_ylim(bottom=0)
         ax.legend(loc="best")

@@ -106,7 +106,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         config = self.config
         y = Dense(config.intermediate_size, self.dtype, config.initializer_range, name="up")(x)
-        y = ACTIVATIONS[config.activation](y)
+        # The backward pass takes it from `y` again, as several arrays of this size would be kept otherwise.
+        y = jax.checkpoint(ACTIVATIONS[config.activation])(y)
         return Dense(config.hidden_size, self.dtype, config.initializer_range, name="down")(y)
 
 
