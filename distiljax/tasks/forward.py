@@ -11,6 +11,7 @@ from jax import lax
 
 from distiljax.nn import TaskModel
 from distiljax.nn.heads import SEQUENCES
+from distiljax.tasks.chunks import over_rows
 from distiljax.tasks.features import Features
 from distiljax.tasks.loader import all_batches
 from distiljax.tasks.objective import run
@@ -33,7 +34,10 @@ class Forward:
         self._whole = module.head.kind == SEQUENCES
 
         def step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            return lax.all_gather(run(module, params, batch, None), AXIS, tiled=True)
+            logits = over_rows(
+                lambda rows: run(module, params, rows, None), batch, batch["input_ids"].shape[1]
+            )
+            return lax.all_gather(logits, AXIS, tiled=True)
 
         self._step = parallel.wrap(step)
 

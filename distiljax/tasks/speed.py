@@ -14,6 +14,7 @@ import numpy as np
 from distiljax.hub import Model
 from distiljax.nn import MaskedLM
 from distiljax.nn.linear import place_compute_params
+from distiljax.tasks.chunks import over_rows
 
 BATCH_ROWS = 32
 SECONDS = 1.0
@@ -53,7 +54,7 @@ def compile_forward(module: Model, params: Any, rows: int, seq_len: int) -> tupl
     """A compiled forward pass over full rows of random tokens, and the compiled program.
 
     A masked language model is run without its head, as every downstream task and `fill_mask` run it (which decodes
-    masked positions only); any other model whole.
+    masked positions only); any other model whole. On a CPU the rows are run a few at a time, as there.
 
     Args:
       module: the model.
@@ -63,10 +64,13 @@ def compile_forward(module: Model, params: Any, rows: int, seq_len: int) -> tupl
     """
     method = "encode" if isinstance(module, MaskedLM) else None
 
-    def forward(params: Any, ids: jax.Array, mask: jax.Array) -> Any:
-        out: Any = module.apply({"params": params}, ids, mask, method=method)
-        # Of a bare encoder what a task would use; the compiler drops what nobody asks for.
-        return getattr(out, "last_hidden_state", out)
+    def forward(params: Any, *inputs: jax.Array) -> Any:
+        def some_rows(inputs: Any) -> Any:
+            out: Any = module.apply({"params": params}, *inputs, method=method)
+            # Of a bare encoder what a task would use; the compiler drops what nobody asks for.
+            return getattr(out, "last_hidden_state", out)
+
+        return over_rows(some_rows, inputs, seq_len)
 
     ids = random_tokens(module.config.vocab_size, rows, seq_len)
     inputs = jax.device_put((ids, np.ones_like(ids)))

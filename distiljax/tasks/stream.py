@@ -11,14 +11,13 @@ import jax
 import numpy as np
 
 from distiljax.errors import UserError
+from distiljax.tasks.chunks import most_rows
 from distiljax.tasks.features import Features
 from distiljax.train.prefetch import Prefetch
 
 MAX_BATCH = 4096
 # Tokens in a row; padding costs an eighth on average, a program about a second of compilation.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-# Tokens in a batch on a CPU, which gains nothing from more, and falls out of its cache.
-CPU_TOKENS = 2048
 # Inputs read ahead, at most, and the characters after which no more are.
 WINDOW = 4096
 WINDOW_CHARACTERS = 1 << 19
@@ -166,11 +165,10 @@ def _run(features: Features, job: Job, batch_size: int, limit: int) -> list[Outp
 
     lengths = features.lengths
     order = np.argsort(-lengths, kind="stable")
-    on_cpu = jax.default_backend() == "cpu"
     at = 0
     while at < len(order):
         length = min(next((n for n in LENGTHS if n >= lengths[order[at]]), limit), limit)
-        size = max(1, min(batch_size, CPU_TOKENS // length)) if on_cpu else batch_size
+        size = most_rows(batch_size, length)
         rows = order[at : at + size]
         if len(rows) < size:  # the window's last one
             size = min(size, 1 << (len(rows) - 1).bit_length())
