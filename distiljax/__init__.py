@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distiljax.errors import UserError
     from distiljax.hub import save_pretrained
     from distiljax.nn import Encoder, EncoderConfig, HeadConfig, MaskedLM, TaskModel
+    from distiljax.nn.int8 import quantize
     from distiljax.plan import make_plan
     from distiljax.report import write_report
     from distiljax.tasks.bench import bench
@@ -59,6 +60,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "pretrain_config",
+    "quantize",
     "save_pretrained",
     "student_of",
     "write_report",
@@ -72,6 +74,7 @@ _MODULES = {
     "distiljax.errors": ("UserError",),
     "distiljax.hub": ("save_pretrained",),
     "distiljax.nn": ("Encoder", "EncoderConfig", "HeadConfig", "MaskedLM", "TaskModel"),
+    "distiljax.nn.int8": ("quantize",),
     "distiljax.plan": ("make_plan",),
     "distiljax.report": ("write_report",),
     "distiljax.tasks.bench": ("bench",),

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from distiljax.nn.int8 import SCALE, int8_product, is_quantizable
+
 Array = jax.Array
 DType = Any
 
@@ -72,7 +74,8 @@ class Dense(nn.Module):
 
     Attributes:
       features: output width O.
-      dtype: compute dtype; the kernel [I, O] and the bias [O] are float32 masters.
+      dtype: compute dtype; the kernel [I, O] and the bias [O] are float32 masters. Where no training is to follow, a
+        kernel may be in `dtype` (`compute_params`) or in int8 (`int8.quantize`), which is then the product's.
       stddev: standard deviation of the fresh kernel.
     """
 
@@ -84,8 +87,11 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        axes = "abcdefgh"[: x.ndim - 1]
-        y = einsum(f"{axes}i,io->{axes}o", x, kernel, self.dtype)
+        if kernel.dtype == jnp.int8:
+            y = int8_product(x, kernel, self.get_variable("params", SCALE))
+        else:
+            axes = "abcdefgh"[: x.ndim - 1]
+            y = einsum(f"{axes}i,io->{axes}o", x, kernel, self.dtype)
         return (y + bias).astype(self.dtype)
 
 
@@ -93,11 +99,11 @@ def compute_params(params: Any, dtype: DType) -> Any:
     """A model's parameters (or None) with its encoder's kernels [I, O] in `dtype`, for a model that is not trained.
 
     Only speed and memory change: a product would convert its kernel to the very same numbers, again in every call.
+    Kernels in int8 stay so.
     """
 
     def converted(path: Any, array: Any) -> Any:
-        names = [key.key for key in path]
-        kernel = names[-1] == "kernel" and "head" not in names
+        kernel = is_quantizable(tuple(key.key for key in path)) and array.dtype != jnp.int8
         return array.astype(dtype) if kernel else array
 
     return jax.tree_util.tree_map_with_path(converted, params)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from distiljax.distill.runs import DTYPES
 from distiljax.errors import UserError
 from distiljax.hub import Model
 from distiljax.hub.pretrained import head_kind
-from distiljax.nn.linear import place_compute_params
 from distiljax.report import human_times, markdown_table
+from distiljax.tasks.precision import check_precisions, in_precision
 from distiljax.tasks.speed import SECONDS, compile_forward, in_turn
 from distiljax.train import storage
 from distiljax.train.format import human_bytes, human_count, human_number, human_percent
@@ -75,7 +74,7 @@ def bench(
       models: name → run directory, Hugging Face directory or hub name; with any head or none.
       lengths: tokens in a row.
       batch_sizes: rows at once.
-      dtypes: compute dtypes, "float32" or "bfloat16".
+      dtypes: "float32", "bfloat16" or "int8" (kernels in int8, see `nn.int8`).
       seconds: how long each is measured, on average, in 3 to 50 rounds.
 
     Returns:
@@ -128,10 +127,7 @@ def _check(models: Mapping[str, Any], numbers: Mapping[str, Sequence[int]], dtyp
         if not values or min(values) < 1 or len(set(values)) != len(values):
             given = ",".join(map(str, values)) or "empty"
             raise UserError(f"{name} is {given}; expected whole numbers of 1 or more, each once")
-    if not dtypes or not set(dtypes) <= set(DTYPES) or len(set(dtypes)) != len(dtypes):
-        raise UserError(
-            f"dtype is {','.join(dtypes) or 'empty'}; expected some of {','.join(DTYPES)}, each once"
-        )
+    check_precisions(dtypes)
 
 
 def _load(path: str | os.PathLike[str]) -> tuple[Model, Any]:
@@ -148,8 +144,8 @@ def _load(path: str | os.PathLike[str]) -> tuple[Model, Any]:
 
 
 def _variant(name: str, dtype: str, module: Model, params: Any) -> Variant:
-    module = module.clone(dtype=DTYPES[dtype])
-    return Variant(name, dtype, module, place_compute_params(params, module.dtype))
+    module, params = in_precision(module, params, dtype)
+    return Variant(name, dtype, module, jax.device_put(params))
 
 
 def _bytes(params: Any) -> int:

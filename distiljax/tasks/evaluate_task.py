@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from distiljax.comparison import summarise
-from distiljax.distill.runs import count_parameters, named_dtype
+from distiljax.distill.runs import count_parameters
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary
 from distiljax.nn import TaskModel
@@ -22,6 +22,7 @@ from distiljax.tasks.features import Features
 from distiljax.tasks.finetune import row_lengths, task_features
 from distiljax.tasks.forward import Forward
 from distiljax.tasks.label_order import label_order
+from distiljax.tasks.precision import check_precisions, in_precision
 from distiljax.tasks.presets import Task, find_task
 from distiljax.tasks.scoring import Scorer
 from distiljax.tasks.sources import Files, is_path, open_source
@@ -56,7 +57,7 @@ def evaluate_task(
         where it has no validation split, `holdout` and `seed` say which share of the training split is one. With
         `max_length` 0 each model reads rows as long as those that it was fine-tuned on.
       split: of the data set, or a file; it must be labelled.
-      dtype: compute dtype.
+      dtype: "float32", "bfloat16" or "int8" (kernels in int8, see `nn.int8`).
       batch_size: rows at once.
       speed: whether to measure latency and throughput, of each name's first model, in turn.
 
@@ -172,7 +173,8 @@ class TaskScores:
     def __init__(self, task: Task, data: ConfigDict, split: str, dtype: str, batch_size: int = 64) -> None:
         if not 1 <= batch_size <= 4096:
             raise UserError(f"batch_size is {batch_size}; expected 1 to 4096")
-        self._dtype = named_dtype("dtype", dtype)
+        check_precisions([dtype])
+        self._dtype = dtype
         data, role = ConfigDict(data), split
         if split not in ("train", "validation", "test", *task.splits):
             role, data.validation = "validation", split  # a file, or a split by the source's own name
@@ -200,7 +202,7 @@ class TaskScores:
         Raises:
           UserError: a model that cannot be loaded, is of another task, or has other labels.
         """
-        module, params = load_fine_tuned(path, self._dtype)
+        module, params = in_precision(*load_fine_tuned(path), self._dtype)
         head = module.head
         if head.kind != self._task.kind or head.regression != self._task.regression:
             kind = "regression" if head.regression else head.kind
@@ -243,13 +245,13 @@ class TaskScores:
         return features, row_lengths([features], data)
 
 
-def load_fine_tuned(path: str | os.PathLike[str], dtype: Any) -> tuple[TaskModel, Any]:
+def load_fine_tuned(path: str | os.PathLike[str]) -> tuple[TaskModel, Any]:
     """A model with the head of a task.
 
     Raises:
       UserError: it cannot be loaded, or has none.
     """
-    module, params = from_pretrained(path, head="any", dtype=dtype)
+    module, params = from_pretrained(path, head="any")
     if not isinstance(module, TaskModel):
         raise UserError(
             f"{path} has no head of a task; fine-tune it: distiljax finetune --config=configs/finetune.py "
@@ -277,7 +279,7 @@ def model_facts(
     models: Mapping[str, str | os.PathLike[str]], dtype: str, speed: bool = True
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
     """Parameters, bytes and speed of models, by name; and how the speed was measured (None if it was not)."""
-    loaded = {name: load_fine_tuned(path, named_dtype("dtype", dtype)) for name, path in models.items()}
+    loaded = {name: load_fine_tuned(path) for name, path in models.items()}
     facts: dict[str, dict[str, Any]] = {}
     for name, (_, params) in loaded.items():
         parameters = count_parameters(params)
@@ -285,6 +287,7 @@ def model_facts(
     if not speed:
         return facts, None
     length = min([SPEED_LENGTH, *(module.config.max_positions for module, _ in loaded.values())])
-    for name, figures in zip(loaded, model_speed(list(loaded.values()), length), strict=True):
+    run = [in_precision(*model, dtype) for model in loaded.values()]
+    for name, figures in zip(loaded, model_speed(run, length), strict=True):
         facts[name] |= figures
     return facts, {"batch_size": BATCH_ROWS, "seq_len": length, "dtype": dtype}

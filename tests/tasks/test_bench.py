@@ -131,12 +131,16 @@ def test_bench_measures_every_model_at_every_size(models, teacher, tmp_path, cap
 
 
 def test_bench_compares_dtypes(models):
-    found = bench({"a classifier": models["classifier"]}, lengths=(8,), batch_sizes=(2,), seconds=0)
-    assert [figure["dtype"] for figure in found["figures"]] == ["float32", "bfloat16"]
+    dtypes = ("float32", "bfloat16", "int8")
+    found = bench(
+        {"a classifier": models["classifier"]}, lengths=(8,), batch_sizes=(2,), dtypes=dtypes, seconds=0
+    )
+    assert [figure["dtype"] for figure in found["figures"]] == [*dtypes]
     (model,) = found["models"]
     assert model["head"] == "sequence_classification"
-    kernels = 4 * 16 * 16 + 2 * 16 * 32
+    kernels, scales = 4 * 16 * 16 + 2 * 16 * 32, 4 * (5 * 16 + 32)
     assert model["bytes"]["float32"] - model["bytes"]["bfloat16"] == 2 * kernels
+    assert model["bytes"]["float32"] - model["bytes"]["int8"] == 3 * kernels - scales
 
 
 @pytest.mark.parametrize(

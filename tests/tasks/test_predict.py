@@ -461,6 +461,16 @@ def test_bad_json_lines_are_named(command, lines, words):
     assert all(word in errors for word in words) and len(errors.splitlines()) == 1
 
 
+def test_int8_says_nearly_the_same(command):
+    (exact,), (found,) = (
+        command("labels", "--json", "--top_k=2", f"--dtype={dtype}", "the river")[0]
+        for dtype in ("float32", "int8")
+    )
+    scores = [{one["label"]: one["score"] for one in result["labels"]} for result in (exact, found)]
+    assert scores[1] == {label: pytest.approx(score, abs=0.05) for label, score in scores[0].items()}
+    assert scores[1] != scores[0]
+
+
 def test_json_lines_are_found_out_and_ids_come_back(command, tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_text('{"id": "x", "text": "the river", "label": 1}\n{"id": null, "text": "\\ud800 was"}\n')

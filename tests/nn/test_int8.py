@@ -1,0 +1,82 @@
+"""Kernels in int8: what rounding may change, and what it may not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import distiljax
+from distiljax.nn import HeadConfig, TaskModel
+from distiljax.nn.int8 import SCALE, int8_product, quantize
+from distiljax.nn.linear import compute_params
+
+
+def test_a_kernel_is_rounded_to_the_nearest_of_255_levels_of_its_column():
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((48, 20)).astype(np.float32) * np.logspace(-4, 3, 20, dtype=np.float32)
+    kernel[:, 7] = 0
+    bias = rng.standard_normal(20).astype(np.float32)
+    params = {"layer_0": {"up": {"kernel": kernel, "bias": bias}}, "head": {"kernel": kernel}}
+    found = quantize(params)
+    assert found["head"]["kernel"] is kernel and found["layer_0"]["up"]["bias"] is bias
+    whole, scale = found["layer_0"]["up"]["kernel"], found["layer_0"]["up"][SCALE]
+    assert whole.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (20,)
+    largest = np.abs(whole.astype(int)).max(0)
+    assert largest[7] == 0 and set(np.delete(largest, 7)) == {127}
+    assert np.all(np.abs(whole * scale - kernel) <= 0.5001 * scale)
+    # Kernels in int8 stay what they are, whatever the compute dtype.
+    assert compute_params(found, jnp.bfloat16)["layer_0"]["up"]["kernel"].dtype == np.int8
+    assert compute_params(params, jnp.bfloat16)["layer_0"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
+def test_a_product_of_whole_numbers_is_exact_and_off_by_no_more_than_the_rounding(shape):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(shape).astype(np.float32) * 10.0 ** rng.integers(-3, 4, (*shape[:-1], 1))
+    x.reshape(-1, 64)[0] = 0.0
+    kernel = rng.standard_normal((64, 24)).astype(np.float32)
+    stored = quantize({"encoder": {"kernel": kernel}})["encoder"]
+    found = np.asarray(jax.jit(int8_product)(x.astype(np.float32), stored["kernel"], stored[SCALE]), float)
+
+    row = np.abs(x).max(-1, keepdims=True) / 127
+    row[row == 0] = 1
+    whole = np.round(x / row)
+    # float32 may round a tie the other way, which moves a result by one level.
+    exact = (whole @ stored["kernel"].astype(float)) * row * stored[SCALE]
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=float(127 * (row * stored[SCALE]).max() / 1e3))
+    bound = 0.5 * row * np.abs(kernel).sum(0) + 0.5 * stored[SCALE] * np.abs(x).sum(-1, keepdims=True)
+    bound += 0.25 * 64 * row * stored[SCALE]
+    assert np.all(np.abs(found - x.astype(float) @ kernel) <= 1.01 * bound)
+    assert not found.reshape(-1, 24)[0].any()  # a row of zeros
+
+
+def test_a_model_in_int8_stays_close_and_takes_less_memory():
+    config = distiljax.EncoderConfig(
+        vocab_size=64, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=256, max_positions=16
+    )
+    module = TaskModel(
+        config.replace(initializer_range=0.125), HeadConfig("token_classification", ("A", "B"))
+    )
+    rng = np.random.default_rng(0)
+    ids = rng.integers(64, size=(4, 16))
+    mask = (np.arange(16) < np.array([16, 9, 4, 12])[:, None]).astype(np.int32)
+    params = module.init(jax.random.key(0), ids)["params"]
+    small = quantize(params)
+
+    @jax.jit
+    def logits(params):
+        return module.apply({"params": params}, ids, mask)
+
+    expected, found = (np.asarray(logits(p))[mask > 0] for p in (params, small))
+    assert expected.std() > 0.3
+    apart = np.abs(found - expected).mean() / expected.std()
+    assert 1e-4 < apart < 0.05  # it is another computation, and nearly the same result
+
+    def kernels(params):
+        return sum(
+            leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path)
+        )
+
+    assert kernels(small["encoder"]) < 0.27 * kernels(params["encoder"])
