@@ -27,11 +27,11 @@ def quantize(params: Any) -> Any:
     head stay float32. For models that are not trained: int8 has no gradient.
 
     Args:
-      params: float32, as `from_pretrained` gives them.
+      params: float32, as `from_pretrained` gives them; kernels in int8 stay so.
     """
     found = {}
     for names, array in traverse_util.flatten_dict(params).items():
-        if not is_quantizable(names):
+        if not is_quantizable(names) or array.dtype == np.int8:
             found[names] = array
             continue
         array = np.asarray(array, np.float32)

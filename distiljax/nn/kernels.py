@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from distiljax.nn.linear import Array, DType
-from distiljax.nn.rowwise import rows_at_once
+from distiljax.nn.rowwise import heads_at_once, rows_at_once
 
 CHOICES = ("auto", "plain", "fused")
 PLAIN, ROWWISE, CUDNN, SPLASH = "plain", "rowwise", "cudnn", "splash"
@@ -118,9 +118,12 @@ def choose(
     if attention == "fused" and obstacle is not None:
         raise ValueError(f"attention is fused, but {obstacle}; expected plain or auto there")
     if platform == "cpu":
-        rows = rows_at_once(shape)
-        if rows < shape[0]:
-            return Choice(ROWWISE, f"{rows} of {shape[0]} rows at once, for the CPU's cache")
+        rows, heads = rows_at_once(shape), heads_at_once(shape)
+        if (rows, heads) != shape[:2]:
+            parts = f"{rows} of {shape[0]} rows" + (
+                f", {heads} of {shape[1]} heads" if heads < shape[1] else ""
+            )
+            return Choice(ROWWISE, f"{parts} at once, for the CPU's cache")
         return Choice(PLAIN, "its weights fit the CPU's cache")
     if obstacle is not None:
         return Choice(PLAIN, obstacle)

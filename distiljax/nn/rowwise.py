@@ -1,4 +1,4 @@
-"""Attention a few rows at a time, for XLA's CPU backend: what the [S, S] matrices take stays in the cache.
+"""Attention a few rows or heads at a time, for XLA's CPU backend: what the [S, S] matrices take stays in the cache.
 
 The arithmetic is that of the plain form. Its backward pass, written by hand, computes the weights again from the
 logarithm of their normaliser (Dao et al. 2022, algorithm 4), so they are never kept; only where dropout fell is.
@@ -17,7 +17,7 @@ from jax import lax
 
 from distiljax.nn.linear import Array, DType, einsum
 
-# The scores that are computed at once take no more than this in float32, or are those of one row.
+# The scores that are computed at once take no more than this in float32, or are those of one head.
 CHUNK_BYTES = 4 * 2**20
 _LEVELS = 65536  # of `linear.dropout`
 
@@ -25,8 +25,18 @@ _LEVELS = 65536  # of `linear.dropout`
 def rows_at_once(shape: tuple[int, ...]) -> int:
     """How many of the B rows of queries [B, H, S, D] to compute at once: a divisor of B."""
     B, H, S, _ = shape
-    most = max(CHUNK_BYTES // (4 * H * S * S), 1)
-    return max(rows for rows in range(1, min(most, B) + 1) if B % rows == 0)
+    return _largest_divisor(B, CHUNK_BYTES // (4 * H * S * S))
+
+
+def heads_at_once(shape: tuple[int, ...]) -> int:
+    """How many of the H heads of queries [B, H, S, D] to compute at once: all of some rows, or a divisor of H."""
+    _, H, S, _ = shape
+    return _largest_divisor(H, CHUNK_BYTES // (4 * S * S))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor that is not above `most`; at least 1."""
+    return max(divisor for divisor in range(1, max(min(most, number), 1) + 1) if number % divisor == 0)
 
 
 def rowwise_attention(
@@ -81,19 +91,25 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     def some(rows: Any) -> tuple[Array, Array, Array | None]:
         query, key, value, mask, keys = rows
-        scores = _scores(query, key, mask, dtype)
-        highest = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(-1, keepdims=True)
-        log_total = (highest + jnp.log(total))[..., 0]
-        kept = None
-        if keys is not None:
-            kept = _kept(keys, rate, weights.shape[1:])
-            weights, total = jnp.where(kept, weights, 0), total * _kept_share(rate)
-        context = einsum("bhqk,bhkd->bhqd", weights.astype(dtype), value, dtype) / total
-        return context.astype(dtype), log_total, kept
+        _, H, S, _ = query.shape
+        kept = None if keys is None else _kept(keys, rate, (H, S, S))
 
-    context, log_total, kept = _by_rows(some, (query, key, value, mask, keys))
+        def heads(some: Any) -> tuple[Array, Array]:
+            query, key, value, kept = some
+            scores = _scores(query, key, mask, dtype)
+            highest = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - highest)
+            total = weights.sum(-1, keepdims=True)
+            log_total = (highest + jnp.log(total))[..., 0]
+            if kept is not None:
+                weights, total = jnp.where(kept, weights, 0), total * _kept_share(rate)
+            context = einsum("bhqk,bhkd->bhqd", weights.astype(dtype), value, dtype) / total
+            return context.astype(dtype), log_total
+
+        return *_by_heads(heads, (query, key, value, kept)), kept
+
+    rows = (query, key, value, mask, keys)
+    context, log_total, kept = _by_rows(some, rows, rows_at_once(query.shape))
     return context, (query, key, value, mask, keys, context, log_total, kept)
 
 
@@ -101,26 +117,31 @@ def _backward(rate: float, dtype: DType, residuals: tuple[Any, ...], gradient: A
     query, key, value, mask, keys, context, log_total, kept = residuals
 
     def some(rows: Any) -> tuple[Array, Array, Array]:
-        query, key, value, mask, log_total, kept, gradient, inner, turned_query, turned_gradient = rows
-        weights = jnp.exp(_scores(query, key, mask, dtype) - log_total[..., None])
-        weights_grad = einsum("bhqd,bhkd->bhqk", gradient, value, dtype)
-        dropped = weights
-        if kept is not None:
-            dropped = jnp.where(kept, weights / _kept_share(rate), 0)
-            weights_grad = jnp.where(kept, weights_grad / _kept_share(rate), 0)
-        scores_grad = (weights * (weights_grad - inner[..., None])).astype(dtype)
-        return (
-            einsum("bhqk,bhkd->bhqd", scores_grad, key, dtype),
-            einsum("bhdq,bhqk->bhdk", turned_query, scores_grad, dtype),
-            einsum("bhdq,bhqk->bhdk", turned_gradient, dropped.astype(dtype), dtype),
-        )
+        mask, *by_head = rows
+
+        def heads(some: Any) -> tuple[Array, Array, Array]:
+            query, key, value, log_total, kept, gradient, inner, turned_query, turned_gradient = some
+            weights = jnp.exp(_scores(query, key, mask, dtype) - log_total[..., None])
+            weights_grad = einsum("bhqd,bhkd->bhqk", gradient, value, dtype)
+            dropped = weights
+            if kept is not None:
+                dropped = jnp.where(kept, weights / _kept_share(rate), 0)
+                weights_grad = jnp.where(kept, weights_grad / _kept_share(rate), 0)
+            scores_grad = (weights * (weights_grad - inner[..., None])).astype(dtype)
+            return (
+                einsum("bhqk,bhkd->bhqd", scores_grad, key, dtype),
+                einsum("bhdq,bhqk->bhdk", turned_query, scores_grad, dtype),
+                einsum("bhdq,bhqk->bhdk", turned_gradient, dropped.astype(dtype), dtype),
+            )
+
+        return _by_heads(heads, by_head)
 
     # The CPU's fast product contracts the last axis of its first operand. So the small matrices are turned, not the
     # large ones; and here, for within the loop XLA would take the turn into the product.
     inner = (context.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1)  # [B, H, S]
     turned = (query.swapaxes(2, 3), gradient.swapaxes(2, 3))
-    rows = (query, key, value, mask, log_total, kept, gradient, inner, *turned)
-    query_grad, key_grad, value_grad = _by_rows(some, rows)
+    rows = (mask, query, key, value, log_total, kept, gradient, inner, *turned)
+    query_grad, key_grad, value_grad = _by_rows(some, rows, rows_at_once(query.shape))
     grads = (query_grad, key_grad.swapaxes(2, 3), value_grad.swapaxes(2, 3))
     return *(x.astype(dtype) for x in grads), *jax.tree.map(_no_gradient, (mask, keys))
 
@@ -146,11 +167,32 @@ def _kept(keys: Array, rate: float, shape: tuple[int, ...]) -> Array:
     return jax.vmap(keep)(keys)
 
 
-def _by_rows(compute: Callable[[Any], Any], rows: Any) -> Any:
-    """`compute` of arrays [B, …], a few rows after the other."""
-    count = rows_at_once(rows[0].shape)
+def _by_rows(compute: Callable[[Any], Any], rows: Any, count: int) -> Any:
+    """`compute` of arrays [B, …], so many rows after the other."""
     parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), rows)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(compute, parts))
+
+
+def _by_heads(compute: Callable[[Any], Any], heads: Any) -> Any:
+    """`compute` of arrays [B, H, …], the first of which is [B, H, S, D], a few heads after the other.
+
+    Where not all heads find room at once, there is one row, by `rows_at_once`.
+    """
+    shape = heads[0].shape
+    count = heads_at_once(shape)
+    if count == shape[1]:
+        return compute(heads)
+
+    def some(heads: Any) -> Any:
+        return _without_rows(compute(jax.tree.map(lambda x: x[None], heads)))
+
+    found = _by_rows(some, _without_rows(heads), count)
+    return jax.tree.map(lambda x: x[None], found)
+
+
+def _without_rows(arrays: Any) -> Any:
+    """Arrays [1, …] as those of their only row."""
+    return jax.tree.map(lambda x: x[0], arrays)
 
 
 def _no_gradient(x: Array) -> np.ndarray:

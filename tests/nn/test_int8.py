@@ -27,6 +27,8 @@ def test_a_kernel_is_rounded_to_the_nearest_of_255_levels_of_its_column():
     assert largest[7] == 0 and set(np.delete(largest, 7)) == {127}
     assert np.all(np.abs(whole * scale - kernel) <= 0.5001 * scale)
     # Kernels in int8 stay what they are, whatever the compute dtype.
+    again = quantize(found)["layer_0"]["up"]
+    assert again["kernel"] is whole and again[SCALE] is scale
     assert compute_params(found, jnp.bfloat16)["layer_0"]["up"]["kernel"].dtype == np.int8
     assert compute_params(params, jnp.bfloat16)["layer_0"]["up"]["kernel"].dtype == jnp.bfloat16
 

@@ -28,7 +28,8 @@ SHAPE = {"platform": "tpu", "dtype": jnp.bfloat16, "dropout": 0.0, "shape": (8, 
         ({"capable": False}, "plain"),
         ({"platform": "cpu"}, "rowwise"),
         ({"platform": "cpu", "dtype": jnp.float32, "dropout": 0.1}, "rowwise"),
-        ({"platform": "cpu", "shape": (1, 12, 512, 64)}, "plain"),
+        ({"platform": "cpu", "shape": (1, 12, 512, 64)}, "rowwise"),  # a few heads at once
+        ({"platform": "cpu", "shape": (1, 12, 128, 64)}, "plain"),
         ({"platform": "cpu", "shape": (8, 2, 32, 16)}, "plain"),
         ({"platform": "gpu"}, "plain"),  # there is none here
     ],
@@ -150,18 +151,20 @@ def no_mask(B, S):
 
 
 @pytest.mark.parametrize(
-    ("visible", "dtype", "tolerance", "rate"),
+    ("visible", "dtype", "tolerance", "rate", "matrices", "at_once"),
     [
-        (segments, jnp.float32, 1e-5, 0.25),
-        (padded, jnp.float32, 1e-5, 0.0),
-        (no_mask, jnp.bfloat16, 0.05, 0.25),
+        (segments, jnp.float32, 1e-5, 0.25, 8, (2, 4)),
+        (segments, jnp.float32, 1e-5, 0.25, 3, (1, 2)),
+        (padded, jnp.float32, 1e-5, 0.0, 8, (2, 4)),
+        (padded, jnp.float32, 1e-5, 0.0, 1, (1, 1)),
+        (no_mask, jnp.bfloat16, 0.05, 0.25, 2, (1, 2)),
     ],
 )
-def test_row_by_row_is_the_plain_form(monkeypatch, visible, dtype, tolerance, rate):
-    """Outputs and gradients, and the very same weights dropped, however the rows are split."""
-    B, H, S, D = 4, 2, 40, 8
-    monkeypatch.setattr(rowwise, "CHUNK_BYTES", 2 * 4 * H * S * S)
-    assert rowwise.rows_at_once((B, H, S, D)) == 2
+def test_row_by_row_is_the_plain_form(monkeypatch, visible, dtype, tolerance, rate, matrices, at_once):
+    """Outputs and gradients, and the very same weights dropped, however rows and heads are split."""
+    B, H, S, D = 4, 4, 40, 8
+    monkeypatch.setattr(rowwise, "CHUNK_BYTES", matrices * 4 * S * S)
+    assert (rowwise.rows_at_once((B, H, S, D)), rowwise.heads_at_once((B, H, S, D))) == at_once
     seen = visible(B, S)
     options = {
         "mask": None if seen is None else seen.mask,
@@ -182,7 +185,9 @@ def test_rows_at_once_divide_the_rows_and_fit(monkeypatch):
     monkeypatch.setattr(rowwise, "CHUNK_BYTES", 4 * 2 * 8 * 8 * 5)  # five rows
     counts = [rowwise.rows_at_once((B, 2, 8, 4)) for B in (1, 3, 4, 6, 7, 10, 12)]
     assert counts == [1, 3, 4, 3, 1, 5, 4]
-    assert rowwise.rows_at_once((4, 2, 512, 4)) == 1
+    assert rowwise.rows_at_once((4, 2, 512, 4)) == 1 and rowwise.heads_at_once((4, 2, 512, 4)) == 1
+    monkeypatch.setattr(rowwise, "CHUNK_BYTES", 4 * 8 * 8 * 5)  # five heads
+    assert [rowwise.heads_at_once((1, H, 8, 4)) for H in (1, 5, 7, 12, 16)] == [1, 5, 1, 4, 4]
 
 
 def test_splash_attention_is_the_plain_form():
