@@ -189,12 +189,14 @@ def test_the_largest_is_found_also_where_nothing_compiles(benchmark, torch_disti
 
 
 def test_a_sweep_is_told_and_drawn(run, tables):
-    result, text = run("--sweep", "--batches=2", f"--lengths={S // 2}", "--rounds=1")
-    (point,) = result["points"]
-    assert point["settings"]["micro_batch"] == 2 and point["length"] == S // 2
+    result, text = run("--sweep", "--batches=2", f"--lengths={S // 2},{S}", "--micro_batch=1", "--rounds=1")
+    point, longer = result["points"]
+    # As many tokens at both lengths.
+    assert [one["settings"]["batch"] * one["length"] for one in (point, longer)] == [2 * S, 2 * S]
+    assert [one["settings"]["micro_batch"] * one["length"] for one in (point, longer)] == [S, S]
     tokens = point["tokens"]
-    assert 0 < tokens <= 2 * S // 2
-    told = cells(text, f"2 × {S // 2}")
+    assert 0 < tokens <= 2 * S
+    told = cells(text, f"4 × {S // 2}")
     assert told[:2] == ["distiljax, micro-batches of 2, float32", "1"]
     assert told[3] == f"{tokens / point['seconds']:,.0f}"
     assert told[6] == f"{100 * point['share']:.0f} %"
@@ -288,6 +290,8 @@ def test_cut_rows_hold_the_same_tokens_at_positions_of_their_own(benchmark):
         (["--batch=0"], "batch is 0"),
         (["--batch=8", "--micro_batch=3"], "micro_batch is 3"),
         (["--sweep", "--batches=6", "--device_counts=4"], "6 rows does not divide by 4 devices"),
+        (["--sweep", "--lengths=100,512"], "lengths has 100; expected divisors of the longest, 512"),
+        (["--remat=both"], "remat is both, which is for --sweep"),
     ],
 )
 def test_bad_arguments_are_refused_with_their_value(benchmark, arguments, message):
