@@ -24,7 +24,7 @@ def quantize(params: Any) -> Any:
     """A model's parameters with its encoder's kernels [I, O] in int8 and their `kernel_scale` [O] beside them.
 
     The module stays as it is; `nn.linear.Dense` sees what kind of kernel it has. Embeddings, biases, LayerNorms and the
-    head stay float32. For models that are not trained: int8 has no gradient.
+    head stay float32. For models that are run: int8 has no gradient, and no file that others could read.
 
     Args:
       params: float32, as `from_pretrained` gives them; kernels in int8 stay so.
@@ -36,7 +36,8 @@ def quantize(params: Any) -> Any:
             continue
         array = np.asarray(array, np.float32)
         scale = _scale(np, array, 0)
-        found[names] = np.round(array / scale).astype(np.int8)
+        with np.errstate(invalid="ignore"):  # of a NaN, which is in the scale
+            found[names] = np.round(array / scale).astype(np.int8)
         found[*names[:-1], SCALE] = scale[0]
     return traverse_util.unflatten_dict(found)
 
@@ -57,6 +58,6 @@ def int8_product(x: Array, kernel: Array, scale: Array) -> Array:
 
 
 def _scale(numpy: Any, x: Any, axis: int) -> Any:
-    """What one level is worth along an axis, which is kept; 1 where everything is zero."""
+    """What one level is worth along an axis, which is kept; 1 where everything is zero, NaN where something is NaN."""
     largest = numpy.abs(x).max(axis, keepdims=True)
-    return numpy.where(largest > 0, largest / LEVELS, 1)
+    return numpy.where(largest == 0, 1, largest / LEVELS)

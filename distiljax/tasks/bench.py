@@ -80,7 +80,7 @@ def bench(
     Returns:
       `{"machine", "seconds", "process_bytes", "models": [{"name", "path", "head", "parameters", "bytes": {dtype: …}}],
       "figures": [{"batch_size", "seq_len", "model", "dtype", "rounds", "latency_ms": {"median", "min", "max"},
-      "tokens_per_second": {…}, "speed_ratio", "program_bytes"}]}`. `bytes` is the size of the parameters, as in a file;
+      "tokens_per_second": {…}, "speed_ratio", "program_bytes"}]}`. `bytes` is the size of the parameters;
       `program_bytes` what a compiled program holds when it runs, its parameters, inputs, temporaries and outputs
       (XLA's buffer assignment); `process_bytes` the highest resident memory of this process, with all models in it.
 

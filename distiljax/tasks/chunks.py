@@ -33,6 +33,7 @@ def over_rows(forward: Callable[[Any], Any], batch: Any, seq_len: int) -> Any:
     size = most_rows(rows, seq_len)
     if size == rows:
         return forward(batch)
+    size = -(-rows // -(-rows // size))  # as even as can be: what is left over is compiled once more
     whole = rows // size * size
 
     def chunked(x: jax.Array) -> jax.Array:

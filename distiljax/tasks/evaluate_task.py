@@ -22,7 +22,7 @@ from distiljax.tasks.features import Features
 from distiljax.tasks.finetune import row_lengths, task_features
 from distiljax.tasks.forward import Forward
 from distiljax.tasks.label_order import label_order
-from distiljax.tasks.precision import check_precisions, in_precision
+from distiljax.tasks.precision import check_precision, in_precision
 from distiljax.tasks.presets import Task, find_task
 from distiljax.tasks.scoring import Scorer
 from distiljax.tasks.sources import Files, is_path, open_source
@@ -173,7 +173,7 @@ class TaskScores:
     def __init__(self, task: Task, data: ConfigDict, split: str, dtype: str, batch_size: int = 64) -> None:
         if not 1 <= batch_size <= 4096:
             raise UserError(f"batch_size is {batch_size}; expected 1 to 4096")
-        check_precisions([dtype])
+        check_precision(dtype)
         self._dtype = dtype
         data, role = ConfigDict(data), split
         if split not in ("train", "validation", "test", *task.splits):
@@ -283,7 +283,10 @@ def model_facts(
     facts: dict[str, dict[str, Any]] = {}
     for name, (_, params) in loaded.items():
         parameters = count_parameters(params)
-        facts[name] = {"parameters": parameters, "bytes": 4 * parameters}
+        facts[name] = {
+            "parameters": parameters,
+            "bytes": 4 * parameters,
+        }  # as a file has them, whatever the dtype
     if not speed:
         return facts, None
     length = min([SPEED_LENGTH, *(module.config.max_positions for module, _ in loaded.values())])

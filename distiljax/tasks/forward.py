@@ -11,6 +11,7 @@ from jax import lax
 
 from distiljax.nn import TaskModel
 from distiljax.nn.heads import SEQUENCES
+from distiljax.nn.linear import compute_params
 from distiljax.tasks.chunks import over_rows
 from distiljax.tasks.features import Features
 from distiljax.tasks.loader import all_batches
@@ -34,6 +35,7 @@ class Forward:
         self._whole = module.head.kind == SEQUENCES
 
         def step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+            params = compute_params(params, module.dtype)  # once, not for each portion
             logits = over_rows(
                 lambda rows: run(module, params, rows, None), batch, batch["input_ids"].shape[1]
             )

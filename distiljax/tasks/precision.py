@@ -18,8 +18,18 @@ M = TypeVar("M", bound=Model)
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, INT8: jnp.float32}
 
 
+def check_precision(name: str) -> None:
+    """Looks at a name from outside.
+
+    Raises:
+      UserError: it is unknown.
+    """
+    if name not in PRECISIONS:
+        raise UserError(f"dtype is {name!r}; expected one of {', '.join(PRECISIONS)}")
+
+
 def check_precisions(names: Iterable[str]) -> None:
-    """Looks at names from outside.
+    """Looks at several names from outside.
 
     Raises:
       UserError: none, one twice, or an unknown one.

@@ -83,7 +83,7 @@ def run(benchmark, sides, torch_distillation, prepared, tmp_path, monkeypatch, c
 
         def __init__(self, side, directory, settings):
             self.arguments = side, directory, settings
-            same = json.dumps(settings | {"masks": "", "memory_limit": 0}) if side == "jax" else id(self)
+            same = json.dumps(settings | {"masks": "", "memory_limit": 0}) if side == "jax" else object()
             self.made = kept.setdefault(same, [])
             self.process_memory = 0
 
@@ -209,7 +209,8 @@ def test_a_sweep_is_told_and_drawn(run, tables):
         for length in (12, 24)
         for rows in (4, 2)
     ]
-    left, right = tables.figure(points).axes
+    slower = [one | {"seconds": 99.0, "settings": one["settings"] | {"remat": True}} for one in points]
+    left, right = tables.figure([*points, *slower]).axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in left.get_lines()}
     assert drawn == {
         "rows of 12, 1 device": [[24, 3], [48, 6]],
@@ -297,6 +298,12 @@ def test_cut_rows_hold_the_same_tokens_at_positions_of_their_own(benchmark):
 def test_bad_arguments_are_refused_with_their_value(benchmark, arguments, message):
     with pytest.raises(UserError, match=message):
         benchmark.parse(arguments)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_is_passed_on(benchmark, sides, remat):
+    args = benchmark.parse([f"--remat={'yes' if remat else 'no'}"])
+    assert sides.settings_of(args, "jax")["remat"] is remat
 
 
 def test_a_side_that_fails_says_why(benchmark, sides, prepared):

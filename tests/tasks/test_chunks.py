@@ -9,7 +9,9 @@ import pytest
 import distiljax
 from distiljax.nn import HeadConfig, TaskModel
 from distiljax.tasks import chunks
-from distiljax.tasks.objective import run
+from distiljax.tasks.features import Features
+from distiljax.tasks.forward import Forward
+from distiljax.train.parallel import Parallel
 
 S = 8
 
@@ -33,7 +35,7 @@ def test_each_row_is_met_once_and_in_its_place(four_rows, rows):
     np.testing.assert_array_equal(found["sum"], batch["ids"].sum(-1))
     np.testing.assert_array_equal(found["last"][0], batch["ids"][:, -1:])
     np.testing.assert_array_equal(found["last"][1], batch["weight"] * 2)
-    assert set(met) == {size for size in (min(rows, 4), rows % 4 if rows > 4 else 0) if size}
+    assert set(met) == {1: {1}, 3: {3}, 4: {4}, 5: {3, 2}, 8: {4}, 11: {4, 3}}[rows]
 
 
 def test_no_more_tokens_than_the_limit_but_at_least_a_row():
@@ -41,22 +43,33 @@ def test_no_more_tokens_than_the_limit_but_at_least_a_row():
     assert chunks.most_rows(3, 512) == 3
 
 
-def test_a_model_gives_the_same_logits(four_rows):
+@pytest.fixture(scope="module")
+def model():
+    """A small model that labels tokens, and its parameters."""
     config = distiljax.EncoderConfig(
         vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=S
     )
     module = TaskModel(config.replace(initializer_range=0.2), HeadConfig("token_classification", ("A", "B")))
+    return module, jax.device_get(module.init(jax.random.key(0), np.zeros((1, S), np.int32))["params"])
+
+
+@pytest.mark.parametrize(("mode", "ways"), [("jit", 1), ("pmap", 1), ("jit", 2)])
+def test_a_model_gives_every_row_the_same_logits_on_all_devices(four_rows, model, mode, ways):
+    module, params = model
     rng = np.random.default_rng(0)
-    lengths = rng.integers(2, S + 1, 6)
-    batch = {
-        "input_ids": rng.integers(64, size=(6, S)),
-        "attention_mask": (np.arange(S) < lengths[:, None]).astype(np.int32),
-        "token_type_ids": rng.integers(2, size=(6, S)),
-    }
-    params = module.init(jax.random.key(0), batch["input_ids"])["params"]
-    whole = run(module, params, batch, None)
-    found = jax.jit(lambda batch: chunks.over_rows(lambda rows: run(module, params, rows, None), batch, S))(
-        batch
+    lengths = rng.integers(3, S + 1, 13)
+    features = Features(
+        kind="token_classification",
+        tokens=rng.integers(64, size=lengths.sum(), dtype=np.int32),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        second=lengths.astype(np.int32),
+        examples=np.arange(13, dtype=np.int32),
     )
-    assert np.abs(whole).max() > 0.1
-    np.testing.assert_allclose(found, whole, atol=1e-6)
+    parallel = Parallel(mode, jax.devices()[: 2 * ways], model=ways)
+    forward = Forward(module, parallel, 10, (S,))  # five rows a device: three, then two
+    found = forward(parallel.replicate(params), features)
+    for row, logits in enumerate(found):
+        ids = features.tokens[None, features.starts[row] : features.starts[row + 1]]
+        expected = module.apply({"params": params}, ids)
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(logits, expected[0], atol=1e-6)
