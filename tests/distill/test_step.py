@@ -27,6 +27,7 @@ from distiljax.nn import EncoderConfig, MaskedLM
 from distiljax.train.optimizer import decayed, make_optimizer
 from distiljax.train.parallel import Parallel
 from distiljax.train.state import TrainState
+from tests import compiling
 
 V, S, B = 96, 16, 16
 TEACHER = EncoderConfig(
@@ -36,6 +37,12 @@ SPECIAL = (0, 1, 2, 3, 4)
 WEIGHTS = masking_weights(np.arange(V), SPECIAL, 0.7)
 MASKING = Masking(mask_token_id=4, vocab_size=V)
 PACKING = str(pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_packing.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_haste():
+    with compiling.in_haste():
+        yield
 
 
 @pytest.fixture(scope="module")
