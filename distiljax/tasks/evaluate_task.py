@@ -283,10 +283,8 @@ def model_facts(
     facts: dict[str, dict[str, Any]] = {}
     for name, (_, params) in loaded.items():
         parameters = count_parameters(params)
-        facts[name] = {
-            "parameters": parameters,
-            "bytes": 4 * parameters,
-        }  # as a file has them, whatever the dtype
+        # Bytes of a file, which is in float32 whatever the dtype.
+        facts[name] = {"parameters": parameters, "bytes": 4 * parameters}
     if not speed:
         return facts, None
     length = min([SPEED_LENGTH, *(module.config.max_positions for module, _ in loaded.values())])
