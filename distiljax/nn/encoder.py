@@ -10,14 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax import lax
 
 from distiljax.nn.attention import SelfAttention
 from distiljax.nn.config import EncoderConfig
 from distiljax.nn.kernels import Visible
 from distiljax.nn.linear import Array, Dense, DType, LayerNorm, dropout
 
+
+def gelu(x: Array) -> Array:
+    """x Φ(x) by the error function (Hendrycks and Gimpel 2016), in float32, given in the dtype of `x`.
+
+    `jax.nn.gelu` takes the complementary error function, whose better relative accuracy far below zero is of no use
+    here, and which takes a CPU twice as long.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
