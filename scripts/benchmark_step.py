@@ -3,6 +3,7 @@
     python scripts/benchmark_step.py --quick                                     # 2 minutes on 2 cores
     python scripts/benchmark_step.py --data=DIR --batch=32 --dtype=bfloat16      # against PyTorch
     python scripts/benchmark_step.py --data=DIR --dtype=bfloat16 --largest       # the largest micro-batch of both
+    python scripts/benchmark_step.py --data=DIR --batch=8 --profile              # where distiljax's time goes
     python scripts/benchmark_step.py --data=DIR --sweep --batches=4,8,16 --lengths=128,256,512 --plot=step.png
 
 DATA is what `distiljax prepare` made, or a text source (a file, a directory, docstrings). Teacher and student have
@@ -17,8 +18,9 @@ the rounds, the ratio is that of the rounds. Tokens are those that are not paddi
 (distiljax/plan/analytic.py), the same for both sides; its share is taken of the product of two large square matrices in
 the same precision: of the faster side's, the median of the rounds, or with --largest and --sweep the fastest of all
 points. --sweep takes its rows (--batches, --micro_batch) from the longest length, and of shorter ones as many more, so
-that a step has the same tokens at every length. Prints Markdown for BENCHMARKS.md; --json keeps everything. On a GPU
-choose --steps so that a round takes a second or more.
+that a step has the same tokens at every length. --profile traces steps of ours by JAX's profiler and divides the time
+of the fastest among the parts of the step; a moment in which matrices are multiplied is the product's. Prints Markdown
+for BENCHMARKS.md; --json keeps everything. On a GPU choose --steps so that a round takes a second or more.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import step_profile
 from step_sides import (
     SIDES,
     SIZES,
@@ -241,6 +245,23 @@ def sweep(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
     return {"where": {"jax": points[0]["where"]}, "points": points, "ends": []}
 
 
+def profile(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
+    """Our step alone, and where its time goes: of the fastest of `--rounds` steps, each traced."""
+    settings = settings_of(args, "jax")
+    with Side("jax", directory, settings) as process:
+        where = process.call("describe")
+        point = {"side": "jax", "settings": settings, "where": where, **process.call("build")}
+        process.call("run", first=0, count=1)
+        runs = [process.call("run", first=1 + i, count=1)["seconds"] for i in range(args.rounds)]
+        parts = [process.call("profile", first=1 + i) for i in range(args.rounds)]
+        point |= {"seconds": statistics.median(runs), **memory(process)}
+        point["product"] = process.call("product", **product_size(where["platform"]))["flops"]
+    point["tokens"] = real_tokens(rows, args.batch, 1, args.rounds) / args.rounds
+    point["flops"] = work(args, directory, args.batch, args.seq_len)
+    fastest = min(parts, key=lambda found: sum(sum(seconds.values()) for seconds in found.values()))
+    return {"where": {"jax": where}, "points": [point], "ends": [], "parts": fastest}
+
+
 # --- the command line ---
 
 
@@ -266,6 +287,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="the largest micro-batch of both sides, from --micro_batch or 1",
     )
+    add("--profile", action="store_true", help="distiljax alone: where the time of a step goes")
     add("--data", default="docstrings", help="a prepared corpus, or a text source; docstrings by default")
     add("--unit", default="document", help="of a text source: document, line, paragraph or sentence")
     add("--documents", type=int, default=4000, help="of a text source, at most; 4000 by default, 0 for all")
@@ -353,7 +375,8 @@ def main(argv: Sequence[str]) -> int:
     """Measures and prints."""
     args = parse(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process leaves the accelerator to the sides
-    measure = sweep if args.sweep else largest if args.largest else compare
+    modes = [(args.sweep, sweep), (args.largest, largest), (args.profile, profile)]
+    measure = next((mode for chosen, mode in modes if chosen), compare)
     with tempfile.TemporaryDirectory(prefix="benchmark_step-") as temporary:
         directory = Path(temporary)
         rows = read_rows(args, directory)
@@ -372,7 +395,8 @@ def main(argv: Sequence[str]) -> int:
     where = [
         f"{SIDES[side]}: {facts['machine']}, {facts['versions']}" for side, facts in result["where"].items()
     ]
-    print("\n\n".join([title(args, models), text(args, result), "; ".join(where) + "."]))
+    parts = [step_profile.table(result["parts"])] if "parts" in result else []
+    print("\n\n".join([title(args, models), text(args, result), *parts, "; ".join(where) + "."]))
     if args.sweep and args.plot:
         from distiljax import plots
 

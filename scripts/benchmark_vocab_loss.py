@@ -2,6 +2,7 @@
 
     python scripts/benchmark_vocab_loss.py --positions=4096 --dtype=float32
     python scripts/benchmark_vocab_loss.py --step --batch=64 --seq_len=512
+    python scripts/benchmark_vocab_loss.py --topology=v5e:1 --positions=16384 --dtype=bfloat16
 
 L_ce and L_mlm with random decoders of the size of BERT-base: by `distill/losses.py` on the logits of all positions; by
 `distill/vocab_loss.py` with chunks of several sizes; and over the vocabulary instead of the positions, in chunks with
@@ -9,8 +10,9 @@ an online softmax: a first pass for the normalisers, a second one, with every pr
 all are compared with the plain ones; then they run in turn, and medians count. Memory is what XLA reserves beside
 arguments and results.
 
-`--step` compiles the whole training step of a 12-layer teacher and its student both ways and prints its memory; it
-runs nothing. Prints Markdown.
+`--step` compiles the whole training step of a 12-layer teacher and its student both ways and prints its memory;
+`--topology` compiles the candidates for a TPU chip, and prints what each would cost there at the chip's published
+peaks, and by the compiler's own estimate. Both run nothing. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import distiljax
 from distiljax.distill import step
@@ -38,7 +42,12 @@ from distiljax.errors import UserError
 from distiljax.nn import EncoderConfig
 from distiljax.nn.heads import Decoder
 from distiljax.nn.linear import einsum
+from distiljax.plan.compiler import tpu_devices
+from distiljax.plan.hlo import Program
+from distiljax.plan.machines import parse_topology
 from distiljax.plan.program import load_program
+from distiljax.programs import nothing_kept
+from distiljax.report import markdown_table
 from distiljax.train.format import human_bytes
 
 Array = jax.Array
@@ -200,6 +209,34 @@ def measure(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def measure_for_tpu(args: argparse.Namespace) -> str:
+    """What the TPU compiler makes of all candidates."""
+    topology = parse_topology(args.topology)
+    if not topology.chip.is_tpu or topology.chips * topology.devices_per_chip > 1:
+        raise UserError(f"topology is {args.topology}; expected one TPU chip of one device, such as v5e:1")
+    chip, mesh = topology.chip, Mesh(np.array(tpu_devices(topology)), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(functools.partial(decoders, args)),
+    )
+    rows = []
+    for name, candidate in candidates(args).items():
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_kept():
+            program = jax.jit(candidate).lower(*shapes).compile()
+        profile = Program(program.as_text() or "").profile()
+        times = (
+            profile.matrix_flops / chip.flops,
+            profile.moved_bytes / chip.bandwidth,
+            profile.cycles / chip.clock,
+        )
+        costs = [f"{1e9 * seconds / args.positions:,.0f} ns" for seconds in times]
+        rows.append([name, *costs, human_bytes(reserved(program))])
+    title = f"{args.positions:,} positions, {args.vocabulary:,} words, {args.dtype}, {topology.name}"
+    head = ["matrix units at their peak", "memory at its peak", "compiler's estimate", "temporaries"]
+    return markdown_table([f"{title}, a position", *head], rows)
+
+
 def reserved(program: jax.stages.Compiled) -> int:
     """Bytes that a program takes beside its arguments and results."""
     stats = program.memory_analysis()
@@ -248,6 +285,7 @@ def main() -> int:
     for name, default_list in (("chunks", "256,512,1024,2048,4096"), ("widths", "1024,4096")):
         parser.add_argument(f"--{name}", default=default_list, help=f"{default_list} by default")
     parser.add_argument("--step", action="store_true", help="compile the whole training step instead")
+    parser.add_argument("--topology", default="", help="compile for this TPU chip instead, such as v5e:1")
     args = parser.parse_args()
     try:
         for name in ("chunks", "widths"):
@@ -258,7 +296,7 @@ def main() -> int:
         ) from error
     if args.positions % 8:
         raise UserError(f"positions is {args.positions}; expected a multiple of 8")
-    print(measure_step(args) if args.step else measure(args))
+    print(measure_step(args) if args.step else measure_for_tpu(args) if args.topology else measure(args))
     return 0
 
 

@@ -115,6 +115,12 @@ class JaxSide:
         jax.block_until_ready((self.state, self.metrics))
         return {"seconds": time.perf_counter() - began}
 
+    def profile(self, first: int) -> dict[str, Any]:
+        """Seconds of the parts of the step on batch `first`, which is traced."""
+        from step_profile import trace
+
+        return trace(lambda: self.run(first, 1), self.step.as_text())
+
     def losses(self) -> dict[str, float]:
         """The metrics of the first step."""
         self.run(0, 1)

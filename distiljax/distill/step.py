@@ -124,7 +124,8 @@ class Distillation:
         return self.recipe.weighted()
 
     def rows(self, keys: Array, frozen: Params, batch: dict[str, Array]) -> MaskedRows:
-        return mask_tokens(keys, batch, frozen["masking_weights"], self.masking)
+        with jax.named_scope("masking"):
+            return mask_tokens(keys, batch, frozen["masking_weights"], self.masking)
 
     def tokens(self, rows: MaskedRows) -> Array:
         return rows.token_weights.sum()
@@ -169,19 +170,23 @@ def distillation_loss(
       positions.
     """
 
-    def run(module: MaskedLM, params: Params, keys: Array | None) -> tuple[Array, Decoder]:
+    # The names are for profiles: both models' modules are called the same.
+    def run(name: str, module: MaskedLM, params: Params, keys: Array | None = None) -> tuple[Array, Decoder]:
         variables = {"params": params}
-        hidden: Any = module.apply(
-            variables,
-            rows.input_ids,
-            positions=rows.positions,
-            segment_ids=rows.segment_ids,
-            dropout_keys=keys,
-            method="encode",
-        )
-        decoded = hidden if everywhere else jnp.take_along_axis(hidden, rows.masked_positions[..., None], 1)
-        decoder: Any = module.apply(variables, decoded, method="decoder")
-        return hidden, decoder
+        with jax.named_scope(name):
+            hidden: Any = module.apply(
+                variables,
+                rows.input_ids,
+                positions=rows.positions,
+                segment_ids=rows.segment_ids,
+                dropout_keys=keys,
+                method="encode",
+            )
+            decoded = (
+                hidden if everywhere else jnp.take_along_axis(hidden, rows.masked_positions[..., None], 1)
+            )
+            decoder: Any = module.apply(variables, decoded, method="decoder")
+            return hidden, decoder
 
     # Without soft targets at all positions only the masked ones are decoded.
     soft = models.teacher is not None and (recipe.ce or recipe.mse)
@@ -189,19 +194,21 @@ def distillation_loss(
     masked = Targets(rows.labels, rows.masked_weights, rows.masked_weights)
     targets = targets_everywhere(rows) if everywhere else masked
 
-    hidden, decoder = run(models.student, params, dropout_keys)
+    hidden, decoder = run("student", models.student, params, dropout_keys)
     teacher_hidden = teacher_decoder = None
     if models.teacher is not None:
         # The teacher reads the same masked rows, without dropout and without a gradient.
-        teacher_hidden, teacher_decoder = run(models.teacher, lax.stop_gradient(teacher_params), None)
+        teacher_hidden, teacher_decoder = run("teacher", models.teacher, lax.stop_gradient(teacher_params))
     of_vocabulary = {name: scale for name, scale in scales.items() if name != "cos"}
-    loss, terms = vocabulary_losses(
-        decoder, teacher_decoder, targets, of_vocabulary, temperature=recipe.temperature
-    )
+    with jax.named_scope("losses"):
+        loss, terms = vocabulary_losses(
+            decoder, teacher_decoder, targets, of_vocabulary, temperature=recipe.temperature
+        )
     if recipe.cos and teacher_hidden is not None:
         if PROJECTION in params:  # a student narrower than its teacher
             hidden = einsum("bsi,io->bso", hidden, params[PROJECTION]["kernel"], models.student.dtype)
-        terms["cos"] = cosine_loss(hidden, teacher_hidden, rows.token_weights)
+        with jax.named_scope("losses"):
+            terms["cos"] = cosine_loss(hidden, teacher_hidden, rows.token_weights)
         loss += scales["cos"] * terms["cos"].sum
     return loss, lax.stop_gradient(terms)
 
@@ -274,8 +281,9 @@ def make_train_step(
             "tokens": tokens,
         }
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         # One batch that overflows must not end a run of days: its update is left out, and the loop says so.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params, opt_state = jax.tree.map(

@@ -30,6 +30,8 @@ Array = jax.Array
 # of the embedding, which every chunk adds to, to cost little beside them.
 CHUNK_LOGITS = 2**26
 CHUNK_LOGITS_CPU = 2**24
+# By the TPU compiler's estimates, for v4 to v6e; see BENCHMARKS.md.
+CHUNK_LOGITS_TPU = 24_000_000
 # On a CPU, logits that are gone through at once: what is made of them on the way to the gradient stays in its cache.
 CACHED_LOGITS_CPU = 2**18
 # XLA:CPU multiplies bfloat16 on its fast units if two axes are summed over, not if it is one.
@@ -81,7 +83,7 @@ def vocabulary_losses(
     student, targets = _flat(student), jax.tree.map(jnp.ravel, targets)
     teacher, targets = lax.stop_gradient((teacher and _flat(teacher), targets))
     positions, vocabulary = len(student.states), len(student.embedding)
-    most = CHUNK_LOGITS_CPU if target_platform() == "cpu" else CHUNK_LOGITS
+    most = {"cpu": CHUNK_LOGITS_CPU, "tpu": CHUNK_LOGITS_TPU}.get(target_platform(), CHUNK_LOGITS)
     chunks = math.ceil(positions / (chunk or math.ceil(most / vocabulary)))
     if not scales:
         student = lax.stop_gradient(student)  # metrics alone: no gradient to compute

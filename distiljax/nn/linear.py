@@ -147,4 +147,5 @@ def dropout(x: Array, rate: float, keys: Array | None, site: int) -> Array:
         # 16 random bits an element cost half of what the usual 32 do.
         return jax.random.bits(jax.random.fold_in(key, site), x.shape[1:], jnp.uint16) >= threshold
 
-    return jnp.where(jax.vmap(keep)(keys), x / (1 - threshold / 65536), 0).astype(x.dtype)
+    with jax.named_scope("dropout"):
+        return jnp.where(jax.vmap(keep)(keys), x / (1 - threshold / 65536), 0).astype(x.dtype)

@@ -164,7 +164,8 @@ def _kept(keys: Array, rate: float, shape: tuple[int, ...]) -> Array:
     def keep(key: Array) -> Array:
         return jax.random.bits(key, shape, jnp.uint16) >= round(rate * _LEVELS)
 
-    return jax.vmap(keep)(keys)
+    with jax.named_scope("dropout"):
+        return jax.vmap(keep)(keys)
 
 
 def _by_rows(compute: Callable[[Any], Any], rows: Any, count: int) -> Any:

@@ -14,6 +14,7 @@ from distiljax.errors import UserError
 from distiljax.plan.hlo import Profile
 from distiljax.plan.hlo import Program as XlaProgram
 from distiljax.plan.machines import GiB, Topology
+from distiljax.plan.parts import Cycles, cycles_by_part
 from distiljax.plan.program import Program
 from distiljax.programs import nothing_kept
 
@@ -46,6 +47,7 @@ class Compiled:
         program, and their total.
       flops: XLA's count on a device, with the bodies of loops multiplied out.
       profile: of the program; None if it does not fit.
+      cycles: by part of the step, as the compiler estimates them.
     """
 
     micro_batch_size: int
@@ -56,6 +58,7 @@ class Compiled:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     flops: float = 0.0
     profile: Profile | None = None
+    cycles: dict[str, Cycles] = dataclasses.field(default_factory=dict)
 
 
 def tpu_devices(topology: Topology) -> list[Any]:
@@ -127,13 +130,15 @@ def compile_step(program: Program, devices: list[Any], micro_batch_size: int) ->
         "program": stats.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values()) - 2 * memory["aliased"]
-    profile = XlaProgram(text).profile()
+    parsed = XlaProgram(text)
+    profile = parsed.profile()
     once = (costs[0] if isinstance(costs, list) else costs or {}).get("flops", 0.0)
     # XLA counts a loop's body once. Nearly all work is in the loop over micro-batches, so what the loops make of the
     # matrix products they make of everything.
     flops = (once + profile.kernel_flops_once) * profile.matrix_flops / max(profile.matrix_flops_once, 1.0)
     seconds = time.perf_counter() - began
-    return Compiled(micro_batch_size, True, seconds, memory=memory, flops=flops, profile=profile)
+    cycles = cycles_by_part(parsed)
+    return Compiled(micro_batch_size, True, seconds, None, None, memory, flops, profile, cycles)
 
 
 def largest_fit(

@@ -94,6 +94,21 @@ class Op:
     operands: tuple[str, ...]
     attributes: str
 
+    @property
+    def path(self) -> str:
+        """The functions, modules and scopes that JAX found around it; empty where the compiler dropped them."""
+        return _first(r'op_name="([^"]*)"', self.attributes)
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls; empty for other instructions."""
+        return _first(r'custom_call_target="([^"]*)"', self.attributes)
+
+    @property
+    def cycles(self) -> int:
+        """The TPU compiler's estimate; 0 where it gives none."""
+        return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', self.attributes)))
+
     def called(self, role: str) -> list[str]:
         """Names of the computations that it calls in a role such as "body"."""
         return [name for key, name in _CALLED.findall(self.attributes) if key == role]
@@ -180,8 +195,14 @@ class Program:
                     )
                 if not fused:
                     moved += times * self._moved(op, ops)
-                    cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', op.attributes)))
+                    cycles += times * op.cycles
         return Profile(flops, once, kernels, moved, cycles, tuple(collectives), tuple(loops))
+
+    def executed(self) -> Iterator[tuple[Op, int]]:
+        """Every instruction that runs by itself, not as the inside of a fusion, and how often."""
+        for name, times, _, fused in self._walk(self.entry, 1, False, False):
+            if not fused:
+                yield from ((op, times) for op in self.computations[name].values())
 
     def _walk(
         self, name: str, times: int, in_loop: bool, fused: bool
@@ -277,6 +298,12 @@ def _arrays(kind: str) -> tuple[Array, ...]:
             Array(dtype, tuple(int(d) for d in dims.split(",") if d), int(space[1]) if space else 0)
         )
     return tuple(arrays)
+
+
+def _first(pattern: str, text: str) -> str:
+    """What the first match of a pattern has in its group, or nothing."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def _closing(text: str, start: int) -> int:

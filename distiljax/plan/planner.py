@@ -135,6 +135,10 @@ def _machine(
     plan |= {"planned_micro_batch_size": planned, "micro_batches": share // planned}
     plan |= _work(program, topology, number, compiled)
     plan["times"] = _times(program, topology, plan, compiled, mfu)
+    plan["compiler_parts"] = {
+        part: {"products": cycles.products / topology.chip.clock, "rest": cycles.rest / topology.chip.clock}
+        for part, cycles in (compiled.cycles if compiled else {}).items()
+    }
     plan["run"] = {name: _whole_run(program, topology, seconds) for name, seconds in _steps(plan).items()}
     return plan
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distiljax.train.format import (
@@ -113,6 +114,10 @@ def plan_rows(plan: Plan) -> list[Row]:
     }
     for name, label in names.items():
         add(label, functools.partial(_seconds, name), always=False)
+    if parts := _parts(machines):
+        rows.append(("Of the compiler's estimate (in matrix products)", []))
+        for part in parts:
+            add(part[0].upper() + part[1:], functools.partial(_share_of_part, part))
     rows.append(("Tokens a second", []))
     for name, label in names.items():
         add(label, functools.partial(_rate, name), always=False)
@@ -173,7 +178,8 @@ def _remarks(plan: Plan) -> list[str]:
     )
     if any(machine["times"]["compiler"] for machine in machines):
         remarks.append(
-            "Compiler's estimate: the cycles of its own cost model, added up; not measured on a device."
+            "Compiler's estimate: the cycles of its own cost model, added up; not measured on a device. What is fused "
+            "to a matrix product counts as one; of kernels such as splash attention it knows no cycles."
         )
     remarks.append(
         f"At {100 * run['mfu']:g} % of the peak: the counted work at that share of the matrix units' peak (--mfu)."
@@ -194,6 +200,27 @@ def _of(machine: Plan, name: str, field: str) -> float | None:
 
 def _seconds(name: str, machine: Plan) -> str:
     return human_seconds(_of(machine, name, "step_seconds"))
+
+
+def _parts(machines: Sequence[Plan]) -> list[str]:
+    """The parts of a step that the compiler's cycles go to, the largest first."""
+    shares: dict[str, float] = collections.defaultdict(float)
+    for machine in machines:
+        for part, seconds in machine["compiler_parts"].items():
+            shares[part] += sum(seconds.values()) / _all_parts(machine)
+    return sorted(shares, key=lambda part: -shares[part])
+
+
+def _all_parts(machine: Plan) -> float:
+    return sum(sum(seconds.values()) for seconds in machine["compiler_parts"].values())
+
+
+def _share_of_part(part: str, machine: Plan) -> str:
+    if not machine["compiler_parts"]:
+        return MISSING
+    seconds, whole = machine["compiler_parts"].get(part, {"products": 0.0, "rest": 0.0}), _all_parts(machine)
+    share = human_percent(sum(seconds.values()) / whole)
+    return f"{share} ({human_percent(seconds['products'] / whole)})"
 
 
 def _rate(name: str, machine: Plan) -> str:

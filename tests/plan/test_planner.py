@@ -63,6 +63,12 @@ def test_a_plan_for_a_tpu_slice(teacher, config, capsys):
     times = machine["times"]
     assert times["roofline"] == max(times["compute"], times["memory"]) + times["interconnect"]
     assert times["compiler"] > times["compute"] and times["expected"] > 0
+    parts = machine["compiler_parts"]
+    assert sum(sum(x.values()) for x in parts.values()) == pytest.approx(
+        times["compiler"] - times["interconnect"]
+    )
+    for part in ("teacher, feed-forward", "student, attention", "losses over the vocabulary, L_cos"):
+        assert parts[part]["products"] > 0, part
     whole = machine["run"]["roofline"]
     assert whole["hours"] == pytest.approx(500 * times["roofline"] / 3600)
     assert whole["chip_hours"] == pytest.approx(4 * whole["hours"])

@@ -188,6 +188,21 @@ def test_the_largest_is_found_also_where_nothing_compiles(benchmark, torch_disti
     assert all(end in text for end in result["ends"])
 
 
+def test_a_profile_divides_a_step_among_its_parts(run):
+    result, text = run("--profile", "--micro_batch=2", "--rounds=2", "--dropout=0.1")
+    parts, (point,) = result["parts"], result["points"]
+    models = {
+        f"{model}, {part}" for model in ("teacher", "student") for part in ("attention", "feed-forward")
+    }
+    for part in (*models, "losses over the vocabulary, L_cos"):
+        assert parts[part]["products"] > 0, part
+    assert parts["optimiser"]["rest"] > 0 and parts["optimiser"]["products"] == 0
+    whole = sum(sum(seconds.values()) for seconds in parts.values())
+    # Traced steps are slower, and never much faster than those that are timed alone.
+    assert 0.3 * point["seconds"] < whole
+    assert cells(text, "all")[:2] == [f"{whole:.3f}", "100.0 %"]
+
+
 def test_a_sweep_is_told_and_drawn(run, tables):
     result, text = run("--sweep", "--batches=2", f"--lengths={S // 2},{S}", "--micro_batch=1", "--rounds=1")
     point, longer = result["points"]
