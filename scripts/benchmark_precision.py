@@ -48,6 +48,8 @@ def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     config.log_every, config.eval.every, config.eval.rows = 1, args.steps, args.eval_rows
     workdir = Path(args.out) / name.replace(", ", "-").replace(" ", "-")
     distiljax.distill(config, workdir)
+    if not (workdir / "result.json").is_file():
+        raise UserError(f"the run in {name} was stopped; the same command goes on")
     records = read_metrics(workdir)
     found = {term: np.array([value for _, value in records["train"][term]]) for term in TERMS}
     return found | {"validation": {term: values[-1][1] for term, values in records["validation"].items()}}

@@ -20,7 +20,7 @@ QUICK = {
     "batch_size": 16,
     "steps": 6,
     "log_every": 2,
-    "checkpoint.every": 2,
+    "checkpoint.every": 100,
     "dtype": "float32",
     "optimizer.peak_lr": 3e-3,
     "data.max_length": 32,
@@ -133,7 +133,7 @@ def test_a_finished_run_is_left_as_it_is(classified, finetune, columns):
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(finetune, columns, teacher, tmp_path):
-    settings = dict(columns, steps=12, log_every=1, data__max_train_examples=60)
+    settings = dict(columns, steps=12, log_every=1, checkpoint__every=4, data__max_train_examples=60)
     finetune(tmp_path / "unbroken", "sequence_classification", **settings)
 
     def stop():
