@@ -32,6 +32,7 @@ from benchmark_attention import program as attention_program
 
 from distiljax.errors import UserError
 from distiljax.nn import Encoder, EncoderConfig, encoder, rowwise
+from distiljax.nn.linear import place_compute_params
 from distiljax.report import markdown_table
 from distiljax.tasks import chunks
 from distiljax.tasks.speed import compile_forward, in_turn, random_tokens
@@ -86,9 +87,11 @@ def activation(args: argparse.Namespace) -> Iterator[Case]:
 
 def forward(args: argparse.Namespace, rows: int, length: int) -> Callable[[], Compiled]:
     """Compiles the encoder."""
+    module, params = args.model
+    params = place_compute_params(params, module.dtype)
 
     def make() -> Compiled:
-        call, compiled = compile_forward(*args.model, rows, length)
+        call, compiled = compile_forward(module, params, rows, length)
         return compiled, call.args  # type: ignore[attr-defined]
 
     return make

@@ -53,16 +53,19 @@ def part_of(path: str) -> str:
 def instructions(program: Program) -> dict[str, tuple[str, bool]]:
     """By instruction: the part that it belongs to, and whether it multiplies matrices.
 
-    An instruction whose path the compiler has dropped goes with what is fused in it.
+    An instruction whose path the compiler has dropped goes with what is fused in it, or else with what it is made of.
     """
-    found = {}
+    found: dict[str, tuple[str, bool]] = {}
     for ops in program.computations.values():
-        for op in ops.values():
+        for op in ops.values():  # each behind its operands
             inside = [inner for name in op.called("calls") for inner in program.computations[name].values()]
             products = [one for one in (op, *inside) if _is_product(one)]
             paths = [one.path for one in (op, *products, *reversed(inside)) if one.path]
-            parts = [part for part in map(part_of, paths) if part != OTHER]
-            found[op.name] = (parts[0] if parts else OTHER, bool(products))
+            parts = [part_of(path) for path in paths]
+            if not paths:
+                parts = [found[name][0] for name in op.operands if name in found]
+            part = next((part for part in parts if part != OTHER), OTHER)
+            found[op.name] = (part, bool(products))
     return found
 
 
