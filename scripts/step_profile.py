@@ -50,19 +50,22 @@ def spans(data: Any, program_text: str) -> list[Span]:
         op.name for ops in program.computations.values() for op in ops.values() if op.opcode in _CONTAINERS
     }
     known = instructions(program)
-    found = []
-    # Accelerators have planes of their own, in which kernels name the instruction that they are of.
-    planes = [plane for plane in data.planes if "/device:" in plane.name] or list(data.planes)
-    for plane in planes:
+    on_device: list[Span] = []
+    on_host: list[Span] = []
+    for plane in data.planes:
+        # An accelerator's kernels name the instruction that they are of; it may be there and have nothing to do.
+        accelerator = "/device:" in plane.name
         for line in plane.lines:
             for event in line.events:
                 name = event.name
-                if name not in known:
-                    name = dict(event.stats).get("hlo_op", "") if "/device:" in plane.name else ""
+                if accelerator and name not in known:
+                    name = dict(event.stats).get("hlo_op", "")
                 if name in known and name not in held:
-                    begin = event.start_ns
-                    found.append(Span(begin, begin + event.duration_ns, *known[name]))
-    return found
+                    span = Span(event.start_ns, event.start_ns + event.duration_ns, *known[name])
+                    (on_device if accelerator else on_host).append(span)
+    if not (on_device or on_host):
+        raise RuntimeError("the trace holds no instruction of the program")
+    return on_device or on_host
 
 
 def by_part(spans: Iterable[Span]) -> dict[str, dict[str, float]]:

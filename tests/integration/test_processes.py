@@ -24,7 +24,14 @@ def run(tmp_path_factory, teacher, flags):
     prepared = base / "rows"
 
     def go(name, count, devices=1, meanwhile=None, **changes):
-        changes = {"steps": STEPS, "log_every": 1, "optimizer__peak_lr": 5e-4, "data_dir": prepared} | changes
+        changes = {
+            "steps": STEPS,
+            "log_every": 1,
+            "checkpoint__every": 6,
+            "eval__every": STEPS // 2,
+            "optimizer__peak_lr": 5e-4,
+            "data_dir": prepared,
+        } | changes
         command = ["distill", f"--config.teacher={teacher}", *flags(**changes), f"--workdir={base / name}"]
         processes = start_processes(command, count, devices, LOST_AFTER)
         if meanwhile is not None:
@@ -72,7 +79,7 @@ def test_two_processes_make_the_run_of_one(pair, alone):
 @pytest.mark.parametrize(
     ("name", "count", "devices", "changes"),
     [
-        ("four", 4, 1, {"parallel__mode": "pmap"}),
+        ("pmap", 2, 1, {"parallel__mode": "pmap"}),
         ("spread", 2, 2, {"parallel__model": 2}),
     ],
 )

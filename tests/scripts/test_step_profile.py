@@ -3,6 +3,7 @@
 import importlib
 import random
 from pathlib import Path
+from types import SimpleNamespace as Made
 
 import pytest
 
@@ -52,3 +53,39 @@ def test_the_parts_add_up_to_the_time_from_first_to_last(profile, seed):
     assert sum(x["products"] for x in found.values()) * 1e9 == pytest.approx(products)
     busy = sum(bool(running) for running in moments)
     assert whole - found.get(profile.IDLE, {"rest": 0})["rest"] * 1e9 == pytest.approx(busy)
+
+
+PROGRAM = """
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %dot.1 = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, metadata={op_name="jit(f)/jvp(student)/ffn/dot"}
+  ROOT %add.1 = f32[8,8]{1,0} add(%dot.1, %a), metadata={op_name="jit(f)/optimizer/add"}
+}
+"""
+
+
+def traced(**planes):
+    """A trace: by plane, events of name, start, duration and the instruction that they name."""
+
+    def event(name, start, duration, op=""):
+        return Made(name=name, start_ns=start, duration_ns=duration, stats=[("hlo_op", op)] if op else [])
+
+    names = {"host": "/host:CPU", "device": "/device:GPU:0"}
+    return Made(
+        planes=[
+            Made(name=names[plane], lines=[Made(events=[event(*one) for one in events])])
+            for plane, events in planes.items()
+        ]
+    )
+
+
+def test_an_accelerators_kernels_count_and_the_host_where_there_are_none(profile):
+    host = [("dot.1", 0, 5), ("add.1", 5, 1), ("python call", 0, 50)]
+    product, update = ("student, feed-forward", True), ("optimiser", False)
+    on_host = [profile.Span(0, 5, *product), profile.Span(5, 6, *update)]
+    assert profile.spans(traced(host=host), PROGRAM) == on_host
+    assert profile.spans(traced(device=[], host=host), PROGRAM) == on_host
+    kernels = [("gemm_kernel", 2, 3, "dot.1"), ("memcpy", 5, 3)]
+    assert profile.spans(traced(device=kernels, host=host), PROGRAM) == [profile.Span(2, 5, *product)]
+    with pytest.raises(RuntimeError, match="no instruction"):
+        profile.spans(traced(device=[], host=[("python call", 0, 50)]), PROGRAM)
