@@ -108,8 +108,7 @@ def gradient(args: argparse.Namespace, rows: int, length: int) -> Callable[[], C
     def make() -> Compiled:
         ids = random_tokens(module.config.vocab_size, rows, length)
         arguments = jax.device_put((params, ids, jax.random.split(jax.random.key(1), rows)))
-        # A function of its own each time: one that was traced before is not traced again.
-        return jax.jit(jax.grad(lambda *these: total(*these))).lower(*arguments).compile(), arguments
+        return jax.jit(jax.grad(total)).lower(*arguments).compile(), arguments
 
     return make
 

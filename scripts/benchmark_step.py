@@ -30,7 +30,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -247,19 +246,9 @@ def sweep(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
 
 def profile(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
     """Our step alone, and where its time goes: of the fastest of `--rounds` steps, each traced."""
-    settings = settings_of(args, "jax")
-    with Side("jax", directory, settings) as process:
-        where = process.call("describe")
-        point = {"side": "jax", "settings": settings, "where": where, **process.call("build")}
-        process.call("run", first=0, count=1)
-        runs = [process.call("run", first=1 + i, count=1)["seconds"] for i in range(args.rounds)]
-        parts = [process.call("profile", first=1 + i) for i in range(args.rounds)]
-        point |= {"seconds": statistics.median(runs), **memory(process)}
-        point["product"] = process.call("product", **product_size(where["platform"]))["flops"]
-    point["tokens"] = real_tokens(rows, args.batch, 1, args.rounds) / args.rounds
+    point = alone("jax", directory, settings_of(args, "jax"), rows, args.rounds, traces=args.rounds)
     point["flops"] = work(args, directory, args.batch, args.seq_len)
-    fastest = min(parts, key=lambda found: sum(sum(seconds.values()) for seconds in found.values()))
-    return {"where": {"jax": where}, "points": [point], "ends": [], "parts": fastest}
+    return {"where": {"jax": point["where"]}, "points": [point], "ends": [], "parts": point.pop("parts")}
 
 
 # --- the command line ---

@@ -330,13 +330,17 @@ def alone(
     rows: dict[str, np.ndarray],
     rounds: int,
     steps: int = 1,
+    traces: int = 0,
 ) -> dict[str, Any]:
-    """Steps of one side that has the machine to itself."""
+    """Steps of one side that has the machine to itself; with `traces` also the `parts` of the fastest traced step."""
     with Side(side, directory, settings) as process:
         where = process.call("describe")
         found = {"side": side, "settings": settings, "where": where, **process.call("build")}
         process.call("run", first=0, count=1)
         runs = [process.call("run", first=1 + i * steps, count=steps)["seconds"] for i in range(rounds)]
+        traced = [process.call("profile", first=1 + i) for i in range(traces)]
+        if traced:
+            found["parts"] = min(traced, key=lambda parts: sum(sum(x.values()) for x in parts.values()))
         found |= {"seconds": statistics.median(runs) / steps, **memory(process)}
         found["product"] = process.call("product", **product_size(where["platform"]))["flops"]
     found["tokens"] = real_tokens(rows, settings["batch"], 1, rounds * steps) / rounds / steps
