@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from distiljax.nn.linear import Array, DType, einsum
+from distiljax.nn.linear import Array, DType, drops, einsum, keep_mask, kept_share, site_keys
 
 # The scores that are computed at once take no more than this in float32, or are those of one head.
 CHUNK_BYTES = 4 * 2**20
-_LEVELS = 65536  # of `linear.dropout`
 
 
 def rows_at_once(shape: tuple[int, ...]) -> int:
@@ -60,9 +59,7 @@ def rowwise_attention(
     """
     # The mask and each place's keys are made for all rows, before the loop: within it XLA would make them again for
     # every score, which makes its loops several times slower.
-    keys = None
-    if dropout_keys is not None and round(rate * _LEVELS):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, site)
+    keys = None if dropout_keys is None or not drops(rate) else site_keys(dropout_keys, site)
     query = (query * query.shape[-1] ** -0.5).astype(dtype)
     return _attention(rate, jnp.dtype(dtype), query, key, value, mask, keys)
 
@@ -92,7 +89,7 @@ def _forward(
     def some(rows: Any) -> tuple[Array, Array, Array | None]:
         query, key, value, mask, keys = rows
         _, H, S, _ = query.shape
-        kept = None if keys is None else _kept(keys, rate, (H, S, S))
+        kept = None if keys is None else keep_mask(keys, rate, (H, S, S))
 
         def heads(some: Any) -> tuple[Array, Array]:
             query, key, value, kept = some
@@ -102,7 +99,7 @@ def _forward(
             total = weights.sum(-1, keepdims=True)
             log_total = (highest + jnp.log(total))[..., 0]
             if kept is not None:
-                weights, total = jnp.where(kept, weights, 0), total * _kept_share(rate)
+                weights, total = jnp.where(kept, weights, 0), total * kept_share(rate)
             context = einsum("bhqk,bhkd->bhqd", weights.astype(dtype), value, dtype) / total
             return context.astype(dtype), log_total
 
@@ -125,8 +122,8 @@ def _backward(rate: float, dtype: DType, residuals: tuple[Any, ...], gradient: A
             weights_grad = einsum("bhqd,bhkd->bhqk", gradient, value, dtype)
             dropped = weights
             if kept is not None:
-                dropped = jnp.where(kept, weights / _kept_share(rate), 0)
-                weights_grad = jnp.where(kept, weights_grad / _kept_share(rate), 0)
+                dropped = jnp.where(kept, weights / kept_share(rate), 0)
+                weights_grad = jnp.where(kept, weights_grad / kept_share(rate), 0)
             scores_grad = (weights * (weights_grad - inner[..., None])).astype(dtype)
             return (
                 einsum("bhqk,bhkd->bhqd", scores_grad, key, dtype),
@@ -152,20 +149,6 @@ _attention.defvjp(_forward, _backward)
 def _scores(query: Array, key: Array, mask: Array | None, dtype: DType) -> Array:
     scores = einsum("bhqd,bhkd->bhqk", query, key, dtype)  # float32
     return scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-
-
-def _kept_share(rate: float) -> float:
-    return 1 - round(rate * _LEVELS) / _LEVELS
-
-
-def _kept(keys: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """What `linear.dropout` keeps, from keys that its `site` is folded into."""
-
-    def keep(key: Array) -> Array:
-        return jax.random.bits(key, shape, jnp.uint16) >= round(rate * _LEVELS)
-
-    with jax.named_scope("dropout"):
-        return jax.vmap(keep)(keys)
 
 
 def _by_rows(compute: Callable[[Any], Any], rows: Any, count: int) -> Any:

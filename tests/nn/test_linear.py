@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distiljax.nn.linear import Dense, LayerNorm, dropout, einsum
+from distiljax.nn.linear import Dense, LayerNorm, dropout, einsum, keep_mask
 
 SPECS = {
     "bsi,io->bso": ((3, 4, 5), (5, 6)),
@@ -121,6 +121,31 @@ def test_layer_norm(dtype):
 
 def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
+
+
+def test_dropout_in_bfloat16_divides_by_the_share_that_it_keeps():
+    x = jnp.full((8, 512), 1.5, jnp.bfloat16)
+    y = np.asarray(dropout(x, 0.1, keys(8), 0), np.float32)
+    # A quotient that is rounded once; by bfloat16's 0.8984 for 0.9 it would be another number.
+    expected = np.float32(jnp.bfloat16(1.5 / (1 - round(0.1 * 65536) / 65536)))
+    assert expected != np.float32(jnp.bfloat16(1.5) / jnp.bfloat16(0.9))
+    assert set(np.unique(y)) == {0.0, expected}
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=st.integers(0, 1000))
+def test_what_dropout_keeps_of_any_shape(shape, seed):
+    given = keys(5, seed)
+    whole = np.asarray(keep_mask(given, 0.25, tuple(shape)))
+    assert whole.shape == (5, *shape) and whole.dtype == bool
+    np.testing.assert_array_equal(keep_mask(given[1:3], 0.25, tuple(shape)), whole[1:3])
+
+
+def test_every_draw_of_a_hash_is_uniform_and_apart_from_the_others():
+    kept = np.asarray(keep_mask(keys(1), 0.25, (4, 50_000)))[0]  # each row from other bits of the hashes
+    assert np.abs(kept.mean(1) - 0.75).max() < 5 * np.sqrt(0.25 * 0.75 / kept.shape[1])
+    correlation = np.corrcoef(kept)[~np.eye(4, dtype=bool)]
+    assert np.abs(correlation).max() < 5 / np.sqrt(kept.shape[1])
 
 
 @settings(max_examples=20, deadline=None)
