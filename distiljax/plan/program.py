@@ -129,9 +129,7 @@ class Program:
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
         frozen = {"teacher": teacher, "masking_weights": placed(weights), "seed": placed(seed)}
         wrapped: Any = parallel.wrap(step, donate=True)
-        # The models choose their programs by the mesh, and not every wrapped step has one of its own.
-        with jax.sharding.use_abstract_mesh(parallel.mesh.abstract_mesh):
-            return wrapped.lower(placed(state), frozen, placed(batch, split))
+        return wrapped.lower(placed(state), frozen, placed(batch, split))
 
 
 def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -79,7 +79,9 @@ class Parallel:
                 *others, rows = args
                 in_axes = (None,) * len(others) + (0,)
                 mapped = jax.vmap(step, in_axes, axis_name=AXIS, axis_size=1)
-                out = mapped(*others, jax.tree.map(lambda x: x[None], rows))
+                # The models choose their kernels by the mesh, which nothing else tells them of here.
+                with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                    out = mapped(*others, jax.tree.map(lambda x: x[None], rows))
                 return jax.tree.map(lambda x: x[0], out)
 
             return jax.jit(whole, donate_argnums=donated, out_shardings=replicated)

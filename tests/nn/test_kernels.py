@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from distiljax.nn import EncoderConfig, MaskedLM, kernels, rowwise
 from distiljax.nn.attention import plain_attention
 from distiljax.nn.kernels import Visible, choose, choose_for
+from distiljax.train.parallel import AXIS, Parallel
 from tests import compiling
 
 SHAPE = {"platform": "tpu", "dtype": jnp.bfloat16, "dropout": 0.0, "shape": (8, 12, 512, 64)}
@@ -65,6 +66,22 @@ def test_the_devices_that_a_program_is_for_must_be_capable(kind, kernel):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
         assert kernels.target_platform() == "tpu"
         assert choose("auto", **SHAPE).kernel == kernel
+
+
+@pytest.mark.parametrize(("devices", "model"), [(4, 4), (4, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_step_knows_whether_it_is_spread_over_a_model_axis(monkeypatch, platform, devices, model):
+    """Where it is, no kernel may be chosen, on a GPU neither."""
+    monkeypatch.setattr(kernels, "target_platform", lambda: platform)
+    parallel = Parallel("jit", jax.devices()[:devices], model)
+    found = []
+
+    def step(rows):
+        found.append(kernels.may_be_spread())
+        return jax.lax.psum(rows.sum(), AXIS)
+
+    parallel.wrap(step)(parallel.shard(np.ones((4, 2), np.int32)))
+    assert found and set(found) == {model > 1}
 
 
 @pytest.mark.parametrize(
