@@ -225,7 +225,8 @@ def targets_everywhere(rows: MaskedRows) -> Targets:
 
 def example_keys(seed: int | Array, step: Array, first: Array, count: int) -> Array:
     """One PRNG key a row, a function of (seed, step, the row's index in the global batch) and nothing else."""
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    # Threefry whatever JAX is set to: other generators draw differently on other devices.
+    step_key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(count))
 
 
@@ -277,7 +278,7 @@ def make_train_step(
 
         metrics = term_means(objective, terms) | {
             "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(updates_made(state)),
             "tokens": tokens,
         }
 
@@ -316,6 +317,11 @@ def make_eval_step(
         return lax.psum(terms, AXIS)
 
     return step
+
+
+def updates_made(state: TrainState) -> Array:
+    """How many updates the optimiser has made, by which it goes through its schedule: skipped steps made none."""
+    return optax.tree.get(state.opt_state, "ScaleByScheduleState").count
 
 
 def term_means(objective: Objective | Recipe, terms: dict[str, Term]) -> dict[str, Array]:

@@ -18,8 +18,10 @@ from distiljax.distill.step import (
     Models,
     Recipe,
     distillation_loss,
+    example_keys,
     make_eval_step,
     make_train_step,
+    split_keys,
     term_means,
 )
 from distiljax.distill.student import student_of
@@ -212,13 +214,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(models):
             "segment_ids": np.where(long, 1, given["segment_ids"]),
         }
 
-    states = {}
+    states, rates = {}, {}
     for steps in (1, 2, 3):
         state, metrics = train(models, steps=steps, rows=rows, frozen_teacher=poisoned)
-        states[steps] = state
+        states[steps], rates[steps] = state, float(metrics["learning_rate"])
         assert int(state.step) == steps
         assert metrics["skipped"] == (steps == 2)
         assert np.isfinite(metrics["loss"]) == (steps != 2)
+    assert rates[1] < rates[2] == rates[3]  # the third step is the second update
     for name in ("params", "opt_state"):
         before, after, later = (jax.tree.leaves(getattr(states[n], name)) for n in (1, 2, 3))
         for a, b in zip(before, after, strict=True):
@@ -391,10 +394,22 @@ def test_evaluation_masks_are_fixed_and_do_not_depend_on_devices(models):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), values[0], other)
 
 
-def test_dropout_belongs_to_the_example_and_the_step(models):
+def test_the_student_trains_with_dropout(models):
     a = train(models, steps=1, attention_dropout=0.5, hidden_dropout=0.5)[1]["loss"]
     b = train(models, steps=1, attention_dropout=0.0, hidden_dropout=0.0)[1]["loss"]
     assert abs(a - b) > 1e-3
+
+
+def test_keys_belong_to_the_seed_the_step_and_the_row():
+    def drawn(seed, step, first, count):
+        keys = split_keys(example_keys(seed, jnp.int32(step), jnp.int32(first), count))
+        return [tuple(data) for part in keys for data in np.asarray(jax.random.key_data(part)).tolist()]
+
+    whole = drawn(0, 3, 0, 8)
+    others = drawn(0, 4, 0, 8) + drawn(1, 3, 0, 8)
+    assert len({*whole, *others}) == 2 * 3 * 8  # masking and dropout, rows, steps and seeds: all apart
+    halves = [drawn(0, 3, first, 4) for first in (0, 4)]
+    assert whole == [key for part in (0, 4) for half in halves for key in half[part : part + 4]]
 
 
 @pytest.mark.parametrize(
