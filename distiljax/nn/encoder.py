@@ -28,11 +28,16 @@ def gelu(x: Array) -> Array:
     return (wide * (0.5 + 0.5 * lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
+def _in_float32(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An activation that is computed in float32 and given in the dtype of its argument."""
+    return lambda x: activation(x.astype(jnp.float32)).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": _in_float32(functools.partial(jax.nn.gelu, approximate=True)),
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
+    "silu": _in_float32(jax.nn.silu),
 }
 
 # Numbers of the places that drop: one for the embeddings, then three a layer.

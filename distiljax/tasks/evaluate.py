@@ -22,6 +22,7 @@ from distiljax.distill.step import Distillation, Models, Recipe
 from distiljax.errors import UserError
 from distiljax.hub import check_vocabulary, vocabulary_size
 from distiljax.nn import MaskedLM
+from distiljax.nn.linear import compute_params
 from distiljax.tasks.speed import BATCH_ROWS, model_speed
 from distiljax.train import distributed, storage
 from distiljax.train.checkpoint import checkpoint_step
@@ -123,7 +124,8 @@ def evaluate_models(
             BATCH_ROWS,
         )
         frozen = parallel.replicate({"teacher": None, "masking_weights": weights})
-        terms = evaluator.terms(parallel.place_teacher(candidate.params), frozen, Path(corpus), rows)
+        params = parallel.place_teacher(compute_params(candidate.params, candidate.module.dtype))
+        terms = evaluator.terms(params, frozen, Path(corpus), rows)
         masked_tokens = int(terms["mlm"].count)
         accuracy, loss = (float(terms[name].sum / masked_tokens) for name in ("mlm_accuracy", "mlm"))
         parameters = count_parameters(candidate.params)
