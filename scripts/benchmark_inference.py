@@ -47,13 +47,12 @@ from distiljax.plan.analytic import encoder_flops
 from distiljax.report import markdown_table
 from distiljax.tasks.speed import compile_forward, in_turn, random_tokens
 from distiljax.train.format import human_bytes, human_count, human_number, human_percent
-from distiljax.train.memory import peak_memory
+from distiljax.train.memory import device_peak_memory, peak_memory
 from distiljax.train.run import machine
 
 OURS, THEIRS, COMPILED = "distiljax", "PyTorch", "PyTorch, compiled"
 # Mean difference of hidden states, whose variance is one.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
-MATRIX = 2048
 PAUSE = 0.02  # seconds
 PREFIX = "benchmark_inference: error: "
 Way = tuple[str, str, str]
@@ -132,8 +131,11 @@ def matrix_rates(dtypes: Sequence[str]) -> dict[str, float]:
     """FLOP/s of a large matrix product in each dtype, on the faster side."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = np.random.default_rng(0).standard_normal((MATRIX, MATRIX), np.float32)
+    cuda = torch.cuda.is_available()
+    device, size = (
+        ("cuda", 16_384) if cuda else ("cpu", 2048)
+    )  # long enough that its start counts for nothing
+    values = np.random.default_rng(0).standard_normal((size, size), np.float32)
     calls: list[Callable[[], Any]] = []
     for dtype in dtypes:
         ours = jax.numpy.asarray(values, dtype)
@@ -144,7 +146,7 @@ def matrix_rates(dtypes: Sequence[str]) -> dict[str, float]:
         calls.append(functools.partial(_torch_product, theirs))
     best = [min(times) for times in in_turn(calls, pause=PAUSE)]
     return {
-        dtype: 2 * MATRIX**3 / min(pair)
+        dtype: 2 * size**3 / min(pair)
         for dtype, pair in zip(dtypes, zip(best[::2], best[1::2], strict=True), strict=True)
     }
 
@@ -281,12 +283,14 @@ def _fastest(by_side: Mapping[str, list[float]], side: str) -> list[float]:
 
 
 def run_alone(model: str, dtype: str, side: str, rows: int, seq_len: int) -> dict[str, float]:
-    """Loads one model and runs it: the highest resident memory of this process, in bytes."""
+    """Loads one model and runs it: most bytes that were in use, on the accelerator or else by this process."""
     if side == OURS:
         jax.block_until_ready(compile_forward(*our_model(model, dtype), rows, seq_len)[0]())
-    else:
-        torch_forward(torch_model(model, dtype), rows, seq_len)()
-    return {"bytes": peak_memory()}
+        return {"bytes": device_peak_memory() or peak_memory()}
+    import torch
+
+    torch_forward(torch_model(model, dtype), rows, seq_len)()
+    return {"bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()}
 
 
 def memory_rows(race: Race, rows: int, seq_len: int) -> tuple[list[str], list[list[str]]]:

@@ -20,7 +20,7 @@ the same precision: of the faster side's, the median of the rounds, or with --la
 points. --sweep takes its rows (--batches, --micro_batch) from the longest length, and of shorter ones as many more, so
 that a step has the same tokens at every length. --profile traces steps of ours by JAX's profiler and divides the time
 of the fastest among the parts of the step; a moment in which matrices are multiplied is the product's. Prints Markdown
-for BENCHMARKS.md; --json keeps everything. On a GPU choose --steps so that a round takes a second or more.
+for BENCHMARKS.md; --json keeps everything.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ from step_sides import (
     read_rows,
     real_tokens,
     settings_of,
+    steps_in_round,
+    warm_up,
     work,
     write_models,
 )
@@ -163,6 +165,7 @@ def compare(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
     """Both sides in turn."""
     agreement, where = check(args, directory)
     platform = where["jax"]["platform"]
+    args.steps = args.steps or steps_in_round(platform)
     sides: dict[str, Found] = {}
     for side in SIDES:
         settings, tried = tune(args, side, directory, rows, host_limit(platform))
@@ -175,7 +178,7 @@ def compare(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
         processes = {"jax": ours, "torch": theirs}
         for side, process in processes.items():
             sides[side] |= process.call("build")
-            process.call("run", first=0, count=1)
+            warm_up(process, platform)
             sides[side]["programs"] = process.call("programs")
         for number in range(args.rounds):
             first, measured = 1 + number * args.steps, {}
@@ -211,7 +214,8 @@ def largest(args: argparse.Namespace, directory: Path, rows: Rows) -> Found:
             try:
                 points.append(alone(side, directory, dict(settings), rows, 1, args.steps))
             except SideFailed as error:
-                if error.no_room:
+                # Where smaller ones went through, it is the size that a library cannot take, whatever it says.
+                if error.no_room or any(point["side"] == side for point in points):
                     ends.append(f"{SIDES[side]}, {how(side, settings)}: no room ({error})")
                     break
                 if not (settings["compile"] and args.torch_compile == "auto"):
@@ -313,7 +317,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--dropout", type=float, default=0.1, help="of the student; 0.1 by default")
     add("--attention_dropout", type=float, default=None, help="that of --dropout by default")
     add("--rounds", type=int, default=5, help="5 by default")
-    add("--steps", type=int, default=1, help="in each round; 1 by default")
+    add("--steps", type=int, default=0, help="in each round; by default 1 on a CPU, 20 elsewhere")
     add("--batches", type=numbers, default=[8, 16, 32], help="rows of the longest length; 8,16,32 by default")
     add("--lengths", type=numbers, default=[128, 256, 512], help="of --sweep; 128,256,512 by default")
     add("--device_counts", type=numbers, default=[1], help="of --sweep; 1 by default, CPUs are simulated")
@@ -331,9 +335,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"lengths has {odd[0]}; expected divisors of the longest, {args.seq_len}")
     elif args.remat == "both":
         raise UserError("remat is both, which is for --sweep; expected no or yes")
-    for name in ("batch", "rounds", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; expected 1 or more")
+    for name, least in {"batch": 1, "rounds": 1, "steps": 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"{name} is {getattr(args, name)}; expected {least} or more")
     for name in ("micro_batch", "torch_micro_batch"):
         size = getattr(args, name)
         if size < 0 or (size and args.batch % size and not (args.sweep or args.largest)):
@@ -377,7 +381,7 @@ def main(argv: Sequence[str]) -> int:
         except SideFailed as error:
             hint = "; a smaller --batch or --micro_batch needs less memory" if error.no_room else ""
             raise UserError(f"{error}{hint}") from error
-    steps = args.rounds * args.steps
+    steps = args.rounds * (args.steps or 1)
     result |= {"flops": flops, "tokens_per_step": real_tokens(rows, args.batch, 1, steps) / steps}
     complete(args, result)
     text = comparison_text if measure is compare else points_text

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 IDLE = "nothing runs"
+UNKNOWN = "kernels of no instruction"
 # Instructions that only hold others.
 _CONTAINERS = frozenset(["while", "call", "conditional", "tuple", "async-start", "async-done"])
 
@@ -52,8 +53,10 @@ def spans(data: Any, program_text: str) -> list[Span]:
     known = instructions(program)
     on_device: list[Span] = []
     on_host: list[Span] = []
+    unknown: list[Span] = []
     for plane in data.planes:
-        # An accelerator's kernels name the instruction that they are of; it may be there and have nothing to do.
+        # An accelerator's kernels name the instruction that they are of; it may be there and have nothing to do. Those
+        # that a GPU starts as one graph may name none.
         accelerator = "/device:" in plane.name
         for line in plane.lines:
             for event in line.events:
@@ -63,9 +66,11 @@ def spans(data: Any, program_text: str) -> list[Span]:
                 if name in known and name not in held:
                     span = Span(event.start_ns, event.start_ns + event.duration_ns, *known[name])
                     (on_device if accelerator else on_host).append(span)
+                elif accelerator and line.name.startswith("Stream"):
+                    unknown.append(Span(event.start_ns, event.start_ns + event.duration_ns, UNKNOWN, False))
     if not (on_device or on_host):
         raise RuntimeError("the trace holds no instruction of the program")
-    return on_device or on_host
+    return on_device + unknown if on_device else on_host
 
 
 def by_part(spans: Iterable[Span]) -> dict[str, dict[str, float]]:

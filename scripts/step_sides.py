@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from distiljax.errors import UserError
-from distiljax.train.memory import peak_memory
+from distiljax.train.format import human_seconds
+from distiljax.train.memory import device_peak_memory, peak_memory
 
 SIDES = {"jax": "distiljax", "torch": "PyTorch"}
 SIZES: dict[str, dict[str, int]] = {
@@ -86,6 +88,12 @@ class JaxSide:
             "seed": self.parallel.replicate(np.uint32(0)),
         }
         self.state = self.parallel.replicate(jax.device_get(TrainState.create(params, optimizer)))
+        dtype = jax.numpy.dtype(settings["dtype"])
+        # XLA:CPU has a fast product of bfloat16 only where float32 is asked for; a GPU's is faster without.
+        wanted = jax.numpy.float32 if jax.default_backend() == "cpu" else dtype
+        exact = jax.lax.Precision.HIGHEST if dtype == jax.numpy.float32 else None
+        multiply = functools.partial(jax.numpy.matmul, precision=exact, preferred_element_type=wanted)
+        self.multiply: Any = jax.jit(multiply)
 
     def describe(self) -> dict[str, str]:
         """Where it runs."""
@@ -157,31 +165,19 @@ class JaxSide:
     def product(self, size: int, count: int) -> dict[str, float]:
         """FLOP/s of a product of two square matrices in the compute dtype."""
         import jax
-        import jax.numpy as jnp
 
-        dtype = jnp.dtype(self.settings["dtype"])
-        # XLA:CPU has a fast product of bfloat16 only where float32 is asked for; a GPU's is faster without.
-        wanted = jnp.float32 if jax.default_backend() == "cpu" else dtype
-        exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-        @jax.jit
-        def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.matmul(a, b, precision=exact, preferred_element_type=wanted)
-
+        dtype = jax.numpy.dtype(self.settings["dtype"])
         a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
-        multiply(a, b).block_until_ready()
+        self.multiply(a, b).block_until_ready()
         began = time.perf_counter()
         for _ in range(count):
-            result = multiply(a, b)
+            result = self.multiply(a, b)
         result.block_until_ready()
         return {"flops": 2.0 * size**3 * count / (time.perf_counter() - began)}
 
     def device_memory(self) -> int | None:
-        """Most bytes that were in use on a device, of the fullest one; None where it does not say."""
-        import jax
-
-        found = [device.memory_stats() or {} for device in jax.local_devices()]
-        return max((stats.get("peak_bytes_in_use", 0) for stats in found), default=0) or None
+        """Most bytes that were in use on a device."""
+        return device_peak_memory()
 
     def _batch(self, t: int) -> Any:
         rows = np.arange(t * self.settings["batch"], (t + 1) * self.settings["batch"])
@@ -212,7 +208,11 @@ class Side:
         self.side, self.settings, self.process_memory = side, settings, 0
         environment = ENVIRONMENT | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # compile times are wanted
+        for cache, value in {
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        }.items():
+            environment[cache] = value  # compile times are wanted
         if settings["devices"] > 1:  # of CPUs; accelerators are as many as they are
             flag = f"--xla_force_host_platform_device_count={settings['devices']}"
             environment["XLA_FLAGS"] = f"{ENVIRONMENT.get('XLA_FLAGS', '')} {flag}"
@@ -320,7 +320,7 @@ def how(side: str, settings: dict[str, Any]) -> str:
 
 def outcome(side: str, tried: dict[str, Any]) -> str:
     """What became of settings that were tried."""
-    return f"{how(side, tried['settings'])}: {tried.get('problem') or format(tried['seconds'], '.2f') + ' s a step'}"
+    return f"{how(side, tried['settings'])}: {tried.get('problem') or human_seconds(tried['seconds']) + ' a step'}"
 
 
 def alone(
@@ -329,14 +329,15 @@ def alone(
     settings: dict[str, Any],
     rows: dict[str, np.ndarray],
     rounds: int,
-    steps: int = 1,
+    steps: int = 0,
     traces: int = 0,
 ) -> dict[str, Any]:
     """Steps of one side that has the machine to itself; with `traces` also the `parts` of the fastest traced step."""
     with Side(side, directory, settings) as process:
         where = process.call("describe")
+        steps = steps or steps_in_round(where["platform"])
         found = {"side": side, "settings": settings, "where": where, **process.call("build")}
-        process.call("run", first=0, count=1)
+        warm_up(process, where["platform"])
         runs = [process.call("run", first=1 + i * steps, count=steps)["seconds"] for i in range(rounds)]
         traced = [process.call("profile", first=1 + i) for i in range(traces)]
         if traced:
@@ -345,6 +346,16 @@ def alone(
         found["product"] = process.call("product", **product_size(where["platform"]))["flops"]
     found["tokens"] = real_tokens(rows, settings["batch"], 1, rounds * steps) / rounds / steps
     return found
+
+
+def steps_in_round(platform: str) -> int:
+    """How many steps are timed together, if nothing is said: an accelerator makes tens of them in a second."""
+    return 1 if platform == "cpu" else 20
+
+
+def warm_up(process: Side, platform: str) -> None:
+    """Steps that are not timed: XLA records a GPU's kernels in one of the first, to start them all at once later."""
+    process.call("run", first=0, count=1 if platform == "cpu" else 3)
 
 
 def memory(process: Side) -> dict[str, Any]:

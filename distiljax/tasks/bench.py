@@ -21,7 +21,7 @@ from distiljax.tasks.speed import SECONDS, compile_forward, in_turn
 from distiljax.train import storage
 from distiljax.train.format import human_bytes, human_count, human_number, human_percent
 from distiljax.train.load import from_pretrained
-from distiljax.train.memory import peak_memory
+from distiljax.train.memory import device_peak_memory, peak_memory
 from distiljax.train.run import machine, write_json
 
 if TYPE_CHECKING:
@@ -78,11 +78,13 @@ def bench(
       seconds: how long each is measured, on average, in 3 to 50 rounds.
 
     Returns:
-      `{"machine", "seconds", "process_bytes", "models": [{"name", "path", "head", "parameters", "bytes": {dtype: …}}],
-      "figures": [{"batch_size", "seq_len", "model", "dtype", "rounds", "latency_ms": {"median", "min", "max"},
-      "tokens_per_second": {…}, "speed_ratio", "program_bytes"}]}`. `bytes` is the size of the parameters;
+      `{"machine", "seconds", "process_bytes", "device_bytes", "models": [{"name", "path", "head", "parameters",
+      "bytes": {dtype: …}}], "figures": [{"batch_size", "seq_len", "model", "dtype", "rounds",
+      "latency_ms": {"median", "min", "max"}, "tokens_per_second": {…}, "speed_ratio", "program_bytes"}]}`.
+      `bytes` is the size of the parameters;
       `program_bytes` what a compiled program holds when it runs, its parameters, inputs, temporaries and outputs
-      (XLA's buffer assignment); `process_bytes` the highest resident memory of this process, with all models in it.
+      (XLA's buffer assignment); `process_bytes` the highest resident memory of this process, with all models in it,
+      and `device_bytes` the most that an accelerator held, None without one.
 
     Raises:
       UserError: a model that cannot be loaded, a length over its positions, or a bad setting.
@@ -117,6 +119,7 @@ def bench(
         "models": described,
         "figures": figures,
         "process_bytes": peak_memory(),
+        "device_bytes": device_peak_memory(),
     }
 
 
@@ -261,11 +264,13 @@ def _first(result: Bench) -> str:
 
 def _model_note(result: Bench) -> str:
     headless = [model["name"] for model in result["models"] if model["head"] in (None, "masked_lm")]
+    held = {"the process": result["process_bytes"], "the device": result["device_bytes"]}
+    most = " and ".join(f"{who} took {human_bytes(size)}" for who, size in held.items() if size)
     text = f"Of {' and '.join(headless)} the encoder is run, as tasks run it. " if headless else ""
     return text + (
         "Full rows of random tokens; medians and ranges of rounds in which all take turns. "
         f"Speed: times that of {_first(result)}. Memory: parameters, inputs, temporaries and outputs of the compiled "
-        f"program; the process, with all models, took {human_bytes(result['process_bytes'])} at most. "
+        f"program; with all models {most} at most. "
         f"Machine: {result['machine']}."
     )
 

@@ -73,7 +73,7 @@ def traced(**planes):
     names = {"host": "/host:CPU", "device": "/device:GPU:0"}
     return Made(
         planes=[
-            Made(name=names[plane], lines=[Made(events=[event(*one) for one in events])])
+            Made(name=names[plane], lines=[Made(name="Stream #1", events=[event(*one) for one in events])])
             for plane, events in planes.items()
         ]
     )
@@ -86,6 +86,7 @@ def test_an_accelerators_kernels_count_and_the_host_where_there_are_none(profile
     assert profile.spans(traced(host=host), PROGRAM) == on_host
     assert profile.spans(traced(device=[], host=host), PROGRAM) == on_host
     kernels = [("gemm_kernel", 2, 3, "dot.1"), ("memcpy", 5, 3)]
-    assert profile.spans(traced(device=kernels, host=host), PROGRAM) == [profile.Span(2, 5, *product)]
+    of_device = [profile.Span(2, 5, *product), profile.Span(5, 8, profile.UNKNOWN, False)]
+    assert profile.spans(traced(device=kernels, host=host), PROGRAM) == of_device
     with pytest.raises(RuntimeError, match="no instruction"):
         profile.spans(traced(device=[], host=[("python call", 0, 50)]), PROGRAM)
