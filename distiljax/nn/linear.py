@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jax.extend.random import threefry_2x32
 
-from distiljax.nn.int8 import SCALE, int8_product, is_quantizable
+from distiljax.nn.int8 import INT8_KERNEL, SCALE, int8_product, is_quantizable
 
 Array = jax.Array
 DType = Any
@@ -79,7 +79,7 @@ class Dense(nn.Module):
     Attributes:
       features: output width O.
       dtype: compute dtype; the kernel [I, O] and the bias [O] are float32 masters. Where no training is to follow, a
-        kernel may be in `dtype` (`compute_params`) or in int8 (`int8.quantize`), which is then the product's.
+        kernel may be in `dtype` (`compute_params`), or one in int8 in its place (`int8.quantize`).
       stddev: standard deviation of the fresh kernel.
     """
 
@@ -89,13 +89,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if kernel.dtype == jnp.int8:
-            y = int8_product(x, kernel, self.get_variable("params", SCALE))
+        if self.has_variable("params", INT8_KERNEL):
+            y = int8_product(x, *(self.get_variable("params", name) for name in (INT8_KERNEL, SCALE)))
         else:
+            kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
             axes = "abcdefgh"[: x.ndim - 1]
             y = einsum(f"{axes}i,io->{axes}o", x, kernel, self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return (y + bias).astype(self.dtype)
 
 
@@ -107,8 +107,7 @@ def compute_params(params: Any, dtype: DType) -> Any:
     """
 
     def converted(path: Any, array: Any) -> Any:
-        kernel = is_quantizable(tuple(key.key for key in path)) and array.dtype != jnp.int8
-        return array.astype(dtype) if kernel else array
+        return array.astype(dtype) if is_quantizable(tuple(key.key for key in path)) else array
 
     return jax.tree_util.tree_map_with_path(converted, params)
 

@@ -11,11 +11,11 @@ from flax import traverse_util
 
 import distiljax
 from distiljax.nn import HeadConfig, TaskModel
-from distiljax.nn.int8 import SCALE, int8_product, quantize
+from distiljax.nn.int8 import INT8_KERNEL, SCALE, int8_product, quantize
 from distiljax.nn.linear import Dense, compute_params
 
 
-def test_a_kernel_is_rounded_to_the_nearest_of_255_levels_of_its_column():
+def test_a_kernel_is_rounded_to_the_nearest_of_255_levels_of_its_output():
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((48, 20)).astype(np.float32) * np.logspace(-4, 3, 20, dtype=np.float32)
     kernel[:, 7] = 0
@@ -24,17 +24,19 @@ def test_a_kernel_is_rounded_to_the_nearest_of_255_levels_of_its_column():
     params = {"layer_0": {"up": {"kernel": kernel, "bias": bias}}, "head": {"kernel": kernel}}
     found = quantize(params)
     assert found["head"]["kernel"] is kernel and found["layer_0"]["up"]["bias"] is bias
-    whole, scale = found["layer_0"]["up"]["kernel"], found["layer_0"]["up"][SCALE]
+    whole, scale = found["layer_0"]["up"][INT8_KERNEL], found["layer_0"]["up"][SCALE]
+    assert set(found["layer_0"]["up"]) == {INT8_KERNEL, SCALE, "bias"}
     assert whole.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (20,)
-    largest = np.abs(whole.astype(int)).max(0)
+    assert whole.shape == (20, 48) and whole.flags.c_contiguous
+    largest = np.abs(whole.astype(int)).max(1)
     finite = np.arange(20) != 9
     assert largest[7] == 0 and set(np.delete(largest, [7, 9])) == {127}
-    assert np.all(np.abs(whole * scale - kernel)[:, finite] <= 0.5001 * scale[finite])
+    assert np.all(np.abs(whole.T * scale - kernel)[:, finite] <= 0.5001 * scale[finite])
     assert np.isnan(scale[9]) and np.isfinite(scale[finite]).all()  # no finite result hides a NaN
     # Kernels in int8 stay what they are, whatever the compute dtype.
     again = quantize(found)["layer_0"]["up"]
-    assert again["kernel"] is whole and again[SCALE] is scale
-    assert compute_params(found, jnp.bfloat16)["layer_0"]["up"]["kernel"].dtype == np.int8
+    assert again[INT8_KERNEL] is whole and again[SCALE] is scale
+    assert compute_params(found, jnp.bfloat16)["layer_0"]["up"][INT8_KERNEL].dtype == np.int8
     assert compute_params(params, jnp.bfloat16)["layer_0"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -45,20 +47,20 @@ def test_a_product_of_whole_numbers_is_exact_and_off_by_no_more_than_the_roundin
     x.reshape(-1, 64)[0] = 0.0
     kernel = rng.standard_normal((64, 24)).astype(np.float32)
     stored = quantize({"encoder": {"kernel": kernel}})["encoder"]
-    found = np.asarray(jax.jit(int8_product)(x.astype(np.float32), stored["kernel"], stored[SCALE]), float)
+    found = np.asarray(jax.jit(int8_product)(x.astype(np.float32), stored[INT8_KERNEL], stored[SCALE]), float)
 
     single = x.astype(np.float32)
     row = np.abs(single).max(-1, keepdims=True) / np.float32(127)
     row[row == 0] = 1
     whole = np.round(single / row).astype(int)
-    exact = (whole @ stored["kernel"].astype(int)) * row.astype(float) * stored[SCALE]
+    exact = (whole @ stored[INT8_KERNEL].T.astype(int)) * row.astype(float) * stored[SCALE]
     np.testing.assert_allclose(found, exact, rtol=1e-6, atol=0)
     bound = 0.5 * row * np.abs(kernel).sum(0) + 0.5 * stored[SCALE] * np.abs(x).sum(-1, keepdims=True)
     bound += 0.25 * 64 * row * stored[SCALE]
     assert np.all(np.abs(found - x.astype(float) @ kernel) <= 1.01 * bound)
     assert not found.reshape(-1, 24)[0].any()  # a row of zeros
     x[..., -1, 5] = np.nan
-    found = np.asarray(int8_product(x.astype(np.float32), stored["kernel"], stored[SCALE]))
+    found = np.asarray(int8_product(x.astype(np.float32), stored[INT8_KERNEL], stored[SCALE]))
     assert np.isnan(found[..., -1, :]).all() and np.isfinite(found[..., :-1, :]).all()
 
 
@@ -95,7 +97,7 @@ def test_every_kernel_of_a_models_encoder_multiplies_in_int8_and_takes_less_memo
     assert len(met) == len({path for path, _, _ in met}) == 3 * 6
     for path, x, y in met:
         row = np.abs(x).max(-1, keepdims=True) / np.float32(127)
-        whole = np.round(x / row).astype(int) @ flat[*path, "kernel"].astype(int)
+        whole = np.round(x / row).astype(int) @ flat[*path, INT8_KERNEL].T.astype(int)
         expected = whole * row.astype(float) * flat[*path, SCALE] + flat[*path, "bias"]
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     exact = logits(params)[mask > 0]
