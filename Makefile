@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports; pip would compile all of PyTorch and transformers.
+# Python compiles what it imports, once; pip would compile all of PyTorch and transformers. Where Python may not keep what
+# it compiles, as in many containers, every command of the tests would do it again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # More than cores: those tests that run several processes wait for much of their time.
 WORKERS ?= 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from distiljax.data import default_data_config, eval_batches, prepare
 from distiljax.data.examples import Tokeniser, examples
 from distiljax.data.metadata import Statistics
 from distiljax.errors import UserError
+from tests import commands
 
 
 def make_config(source, **values):
@@ -73,5 +73,5 @@ def start(source, tokenizer_directory, out, **values):
         "workers": 2,
     } | values
     call = [sys.executable, "-c", program, "prepare", *(f"--{key}={value}" for key, value in flags.items())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = commands.environment(python_path=filter(None, sys.path))
     return subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

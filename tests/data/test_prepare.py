@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from distiljax.data import Metadata, default_data_config, prepare
 from distiljax.data.duplicates import digest
 from distiljax.errors import UserError
+from tests import commands
 from tests.data.preparing import (
     digests,
     expected_examples,
@@ -320,7 +321,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained({str(tmp_path / "tokenize
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 prepare(config, tokenizer, {str(tmp_path / "out")!r})
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = commands.environment(python_path=filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "rows-00000.array_record cannot be written: the disk is full" in done.stderr.splitlines()[-1]

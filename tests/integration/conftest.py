@@ -1,7 +1,6 @@
 """A small real job: English text from the standard library, a WordPiece tokenizer of its words, a small teacher."""
 
 import collections
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import distiljax
-from tests import compiling
+from tests import commands, compiling
 
 SEQ_LEN = 32
 SMALL = {
@@ -116,13 +115,7 @@ def flags(corpus):
 @pytest.fixture(scope="session")
 def environment():
     """The environment of a command in a process of its own, on one device."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        compiling.OPTION.upper(): "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    return commands.environment(XLA_FLAGS="", **{compiling.OPTION.upper(): "1"})
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """Commands in several processes on this machine, as a scheduler would start them on several."""
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
+
+from tests import commands
 
 
 def free_port():
@@ -18,12 +19,7 @@ def start_processes(arguments, count, devices=1, lost_after=20, each=None):
 
     Flags of its own, such as another run directory, each has from `each(index)`.
     """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    environment = commands.environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
     together = [address, f"--num_processes={count}", f"--lost_after={lost_after}"] if count > 1 else []
     return [

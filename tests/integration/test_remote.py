@@ -16,6 +16,7 @@ import distiljax
 from distiljax.cli import main
 from distiljax.errors import UserError
 from distiljax.train import storage
+from tests import commands
 from tests.gcs import bucket, gcs, objects  # noqa: F401, fixtures
 
 # gcsfs hands aiohttp its chunks as bytes, which aiohttp finds large.
@@ -103,7 +104,7 @@ def test_a_remote_run_that_is_killed_ends_bit_identical(bucket, teacher, flags, 
     run = f"{bucket}/run"
     command = ["distill", f"--config.teacher={teacher}", *flags(), f"--workdir={run}"]
     killed = [sys.executable, "-m", "distiljax", *command]
-    with subprocess.Popen(killed, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(killed, env=commands.environment(), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 200
         while "checkpoints/4/commit_success.txt" not in objects(run):
             assert process.poll() is None, process.communicate()
