@@ -207,9 +207,14 @@ def test_rows_at_once_divide_the_rows_and_fit(monkeypatch):
     assert [rowwise.heads_at_once((1, H, 8, 4)) for H in (1, 5, 7, 12, 16)] == [1, 5, 1, 4, 4]
 
 
-def test_splash_attention_is_the_plain_form():
-    """Its operations one by one; that it compiles for a TPU is tests/plan's to show."""
-    B, H, S, D = 4, 1, 128, 16
+@pytest.mark.parametrize("S", [128, 256])
+def test_splash_attention_is_the_plain_form(monkeypatch, S):
+    """Its operations one by one; that it compiles for a TPU is tests/plan's to show.
+
+    Of 256 positions in blocks of 128 some see nothing in the first block.
+    """
+    monkeypatch.setattr(kernels, "_BLOCKS", (128,))
+    B, H, D = 4, 1, 16
     arrays, packed, alone = operands(B, H, S, D), segments(2, S), padded(2, S)
     queries = jnp.concatenate([packed.queries, jnp.broadcast_to(alone.queries, (2, S))])
     seen = Visible(queries, jnp.concatenate([packed.keys, alone.keys]))
