@@ -21,8 +21,8 @@ from jax import lax
 
 from distiljax.distill.losses import Term, over_positions
 from distiljax.nn.heads import Decoder
-from distiljax.nn.kernels import target_platform
 from distiljax.nn.linear import einsum
+from distiljax.nn.target import target_platform
 
 Array = jax.Array
 

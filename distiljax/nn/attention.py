@@ -16,10 +16,10 @@ from distiljax.nn.kernels import (
     cudnn_attention,
     may_be_spread,
     splash_attention,
-    target_platform,
 )
 from distiljax.nn.linear import Array, Dense, DType, dropout, einsum
 from distiljax.nn.rowwise import rowwise_attention
+from distiljax.nn.target import target_platform
 
 
 class SelfAttention(nn.Module):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from distiljax.nn.linear import Array, DType
 from distiljax.nn.rowwise import heads_at_once, rows_at_once
+from distiljax.nn.target import target, target_platform
 
 CHOICES = ("auto", "plain", "fused")
 PLAIN, ROWWISE, CUDNN, SPLASH = "plain", "rowwise", "cudnn", "splash"
@@ -203,22 +204,12 @@ def _obstacle(
 def _capable(platform: str) -> bool:
     """Whether the devices that the program under trace is for run the platform's fused kernel."""
     if platform == "tpu":
-        return _target().device_kind not in _TPUS_WITHOUT
+        return target().device_kind not in _TPUS_WITHOUT
     try:
         capabilities = [float(device.compute_capability) for device in jax.local_devices(backend="gpu")]
     except (RuntimeError, AttributeError, ValueError):  # none, or not NVIDIA's: theirs is a number
         return False
     return min(capabilities) >= _CUDNN_CAPABILITY
-
-
-def target_platform() -> str:
-    """The platform that the program under trace is for."""
-    return _target().platform
-
-
-def _target() -> Any:
-    """A device that the program under trace is for: its mesh's, which may be of devices that are not here."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def may_be_spread() -> bool:

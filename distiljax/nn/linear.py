@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.extend.random import threefry_2x32
+from jax.extend.random import threefry2x32_p
 
 from distiljax.nn.int8 import INT8_KERNEL, SCALE, int8_product, is_quantizable
+from distiljax.nn.target import target_platform
 
 Array = jax.Array
 DType = Any
@@ -165,18 +167,43 @@ def site_keys(keys: Array, site: int) -> Array:
 
 
 def keep_mask(keys: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """Which elements dropout keeps: bool [B, *shape], from the `site_keys` [B]."""
-    size = math.prod(shape)
-    counts = jnp.arange(2 * math.ceil(size / 4), dtype=jnp.uint32)
-
-    def draw(key: Array) -> Array:
-        # A hash of Threefry makes 64 bits, which are four draws; `jax.random.bits` would make one of them.
-        words = threefry_2x32(jax.random.key_data(key), counts)
-        draws = jnp.stack([words % _LEVELS, words // _LEVELS])
-        return (draws >= _threshold(rate)).reshape(-1)[:size].reshape(shape)
-
+    """Which elements dropout keeps: bool [B, *shape], from the `site_keys` [B]; the same on every backend."""
+    # A hash of Threefry makes two words, which are four draws, where `jax.random.bits` makes one: of element i in each
+    # quarter of the rows. A CPU takes all four of them. In a program for an accelerator every element makes the hash
+    # again: so the draws are part of what uses them and never go through memory.
+    draw = _draw_fours if target_platform() == "cpu" else _draw_each
+    rows, width = math.prod(shape[:-1]), shape[-1]
     with jax.named_scope("dropout"):
-        return jax.vmap(draw)(keys)
+        draws = jax.vmap(lambda key: draw(key, rows, width))(keys)
+        return (draws >= _threshold(rate)).reshape(len(keys), *shape)
+
+
+def _draw_fours(key: Array, rows: int, width: int) -> Array:
+    """Numbers below `_LEVELS`, uint32 [rows, width]."""
+    quarter = math.ceil(rows / 4)
+    words = _hashes(key, *_places(quarter, width), width)
+    return jnp.concatenate([half for word in words for half in (word % _LEVELS, word // _LEVELS)])[:rows]
+
+
+def _draw_each(key: Array, rows: int, width: int) -> Array:
+    """What `_draw_fours` gives."""
+    quarter = math.ceil(rows / 4)
+    row, column = _places(rows, width)
+    first, second = _hashes(key, row % quarter, column, width)
+    word = jnp.where(row < 2 * quarter, first, second)
+    return jnp.where(row // quarter % 2 == 0, word % _LEVELS, word // _LEVELS)
+
+
+def _places(rows: int, width: int) -> tuple[Array, Array]:
+    """Row and column of every element, uint32 [rows, width]."""
+    row, column = (lax.broadcasted_iota(jnp.uint32, (rows, width), axis) for axis in (0, 1))
+    return row, column
+
+
+def _hashes(key: Array, row: Array, column: Array, width: int) -> Sequence[Array]:
+    """The two words, uint32, that Threefry (Salmon et al. 2011) makes of each place."""
+    first, second = jax.random.key_data(key)
+    return threefry2x32_p.bind(first, second, jnp.zeros_like(row), width * row + column)
 
 
 def _threshold(rate: float) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from distiljax.nn import EncoderConfig, MaskedLM, kernels, rowwise
 from distiljax.nn.attention import plain_attention
 from distiljax.nn.kernels import Visible, choose, choose_for
+from distiljax.nn.target import target_platform
 from distiljax.train.parallel import AXIS, Parallel
 from tests import compiling
 
@@ -64,7 +65,7 @@ def test_on_a_gpu_cudnn_is_chosen_where_it_serves():
 def test_the_devices_that_a_program_is_for_must_be_capable(kind, kernel):
     device = jax.sharding.AbstractDevice(kind, None, "tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
-        assert kernels.target_platform() == "tpu"
+        assert target_platform() == "tpu"
         assert choose("auto", **SHAPE).kernel == kernel
 
 
@@ -121,7 +122,7 @@ def test_a_program_knows_the_devices_that_it_is_for():
     seen = []
 
     def look(x):
-        seen.append((kernels.target_platform(), kernels.may_be_spread()))
+        seen.append((target_platform(), kernels.may_be_spread()))
         return x
 
     for manual in ({"data"}, {"data", "model"}):

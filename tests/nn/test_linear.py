@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distiljax.nn import linear
 from distiljax.nn.linear import Dense, LayerNorm, dropout, einsum, keep_mask
 
 SPECS = {
@@ -139,6 +140,16 @@ def test_what_dropout_keeps_of_any_shape(shape, seed):
     whole = np.asarray(keep_mask(given, 0.25, tuple(shape)))
     assert whole.shape == (5, *shape) and whole.dtype == bool
     np.testing.assert_array_equal(keep_mask(given[1:3], 0.25, tuple(shape)), whole[1:3])
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=st.integers(0, 1000))
+def test_accelerators_keep_what_a_cpu_keeps(shape, seed):
+    given = keys(2, seed)
+    of_cpu = keep_mask(given, 0.5, tuple(shape))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "target_platform", lambda: "gpu")
+        np.testing.assert_array_equal(keep_mask(given, 0.5, tuple(shape)), of_cpu)
 
 
 def test_every_draw_of_a_hash_is_uniform_and_apart_from_the_others():
