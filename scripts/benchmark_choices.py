@@ -1,6 +1,6 @@
 """What some choices for a CPU's caches and memory are worth, each with and without, in turn.
 
-    python scripts/benchmark_choices.py --dtype=bfloat16 [--choices=heads,portions,gelu,activation]
+    python scripts/benchmark_choices.py --dtype=bfloat16 [--choices=heads,portions,gelu,activation,draws]
     python scripts/benchmark_choices.py --quick
 
 - heads: of long rows attention goes a few heads at a time (nn/rowwise.py), in place of a row's heads all at once. One
@@ -10,6 +10,8 @@
   forward, and forward and backward with dropout.
 - activation: the backward pass computes the feed-forward activation again (nn/encoder.py), in place of keeping it. A
   student's encoder, forward and backward with dropout.
+- draws: dropout takes four from a hash (nn/linear.py), in place of one. Dropout of attention weights alone, and a
+  student's encoder, forward and backward.
 
 Base size, random weights; --quick is a small model, to try the program. Each ratio is the median over rounds in which
 both are timed one after the other. Prints Markdown.
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 from benchmark_attention import program as attention_program
 
 from distiljax.errors import UserError
-from distiljax.nn import Encoder, EncoderConfig, encoder, rowwise
+from distiljax.nn import Encoder, EncoderConfig, encoder, linear, rowwise
 from distiljax.nn.linear import place_compute_params
 from distiljax.report import markdown_table
 from distiljax.tasks import chunks
@@ -85,6 +87,25 @@ def activation(args: argparse.Namespace) -> Iterator[Case]:
         yield what, gradient(args, rows, length), undone
 
 
+def draws(args: argparse.Namespace) -> Iterator[Case]:
+    """Dropout, and the encoder's gradient."""
+    rows, heads, length = (2, 2, 64) if args.quick else (4, args.config.num_heads, 512)
+
+    def one(key: jax.Array, rows: int, width: int) -> jax.Array:
+        return jax.random.bits(key, (rows, width), jnp.uint16)
+
+    def make() -> Compiled:
+        x = jnp.ones((rows, heads, length, length), args.dtype)
+        arguments = x, jax.random.split(jax.random.key(1), rows)
+        dropout = functools.partial(linear.dropout, rate=0.1, site=0)
+        return jax.jit(lambda x, keys: dropout(x, keys=keys)).lower(*arguments).compile(), arguments
+
+    undone = functools.partial(mock.patch.object, linear, "_draw_fours", one)
+    yield f"dropout, {rows} × {heads} × {length} × {length}", make, undone()
+    many, long = (4, 128) if args.quick else (8, 512)
+    yield f"encoder, {many} × {long}, forward and backward, dropout", gradient(args, many, long), undone()
+
+
 def forward(args: argparse.Namespace, rows: int, length: int) -> Callable[[], Compiled]:
     """Compiles the encoder."""
     module, params = args.model
@@ -113,7 +134,7 @@ def gradient(args: argparse.Namespace, rows: int, length: int) -> Callable[[], C
     return make
 
 
-CHOICES = {"heads": heads, "portions": portions, "gelu": gelu, "activation": activation}
+CHOICES = {"heads": heads, "portions": portions, "gelu": gelu, "activation": activation, "draws": draws}
 
 
 def measure(case: Case, args: argparse.Namespace) -> list[str]:

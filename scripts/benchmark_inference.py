@@ -131,10 +131,8 @@ def matrix_rates(dtypes: Sequence[str]) -> dict[str, float]:
     """FLOP/s of a large matrix product in each dtype, on the faster side."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    device, size = (
-        ("cuda", 16_384) if cuda else ("cpu", 2048)
-    )  # long enough that its start counts for nothing
+    # Large enough that starting it counts for nothing.
+    device, size = ("cuda", 16_384) if torch.cuda.is_available() else ("cpu", 2048)
     values = np.random.default_rng(0).standard_normal((size, size), np.float32)
     calls: list[Callable[[], Any]] = []
     for dtype in dtypes:
