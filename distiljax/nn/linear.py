@@ -162,12 +162,18 @@ def kept_share(rate: float) -> float:
 
 
 def site_keys(keys: Array, site: int) -> Array:
-    """The keys [B] of one place in the network that drops."""
+    """The keys [B] of one place in the network that drops, from those of the examples [B]."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, site)
 
 
 def keep_mask(keys: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """Which elements dropout keeps: bool [B, *shape], from the `site_keys` [B]; the same on every backend."""
+    """Which elements dropout keeps, the same on every backend: bool [B, *shape].
+
+    Args:
+      keys: of `site_keys`, Threefry's [B].
+      rate: share of elements to drop; quantised to 1/65536.
+      shape: of an example; at least one axis.
+    """
     # A hash of Threefry makes two words, which are four draws, where `jax.random.bits` makes one: of element i in each
     # quarter of the rows. A CPU takes all four of them. In a program for an accelerator every element makes the hash
     # again: so the draws are part of what uses them and never go through memory.
